@@ -1,0 +1,223 @@
+"""Measure the zoo.
+
+    python -m benchmarks imports                       cost of importing and listing, in CPU seconds over bare Python
+    python -m benchmarks load                          from_pretrained against bare safetensors
+    python -m benchmarks data                          loading throughput of Regformer's tiny variant against its step
+    python -m benchmarks steps [NAME ...]              train step and inference of the tiny variants, eager and compiled
+    python -m benchmarks speed NAME [--authors DIR]    beside the authors' code (or a peer) -> results/NAME.json
+    python -m benchmarks parity NAME --authors DIR     equality with the authors' code -> results/NAME.json
+
+``--json FILE`` writes the figures with versions and hardware; ``--device cuda`` measures there.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from zoo.core import catalogue, results
+from zoo.core.errors import ZooError
+
+
+def cpu_seconds(code: list[str], runs: int = 7) -> float:
+    """Median CPU time (user and system) of a Python process."""
+    times = []
+    for _ in range(runs):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *code], check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return statistics.median(times)
+
+
+def imports(_: argparse.Namespace) -> dict[str, Any]:
+    bare = cpu_seconds(["-c", "pass"])
+    heavy = cpu_seconds(["-c", "import lightning, torch"], 3)
+    method = cpu_seconds(["-c", "from zoo.vision import Regformer"], 3)
+    return {
+        "bare_python_s": bare,
+        "import_zoo_over_bare_s": cpu_seconds(["-c", "import zoo"]) - bare,
+        "zoo_list_over_bare_s": cpu_seconds(["-m", "zoo.cli", "list"]) - bare,
+        "import_lightning_torch_s": heavy,
+        "import_regformer_s": method,
+        "import_regformer_over_lightning_torch": method / heavy - 1,
+    }
+
+
+def timed(call: Callable[[], Any], device: str = "cpu", runs: int = 7, warmup: int = 2) -> float:
+    """Median milliseconds of a call."""
+    import torch
+
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    times = []
+    for index in range(runs + warmup):
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        if index >= warmup:
+            times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def load(_: argparse.Namespace) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    from zoo.vision import Regformer
+
+    model = Regformer()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "safetensors_ms": timed(lambda: load_file(Path(folder) / "model.safetensors")),
+            "construct_ms": timed(lambda: Regformer()),
+            "from_pretrained_ms": timed(lambda: Regformer.from_pretrained(folder)),
+        }
+
+
+def data(args: argparse.Namespace) -> dict[str, Any]:
+    from zoo.vision import DerainDataModule, Regformer
+
+    found: dict[str, Any] = {}
+    for workers in (0, 1, 2):
+        module = DerainDataModule(num_workers=workers)
+        module.setup()
+        next(iter(module.train_dataloader()))  # the embedded set is made once
+        start, count = time.perf_counter(), 0
+        for batch in module.train_dataloader():
+            count += len(batch["rainy"])
+        found[f"samples_per_s_{workers}_workers"] = count / (time.perf_counter() - start)
+    model = Regformer.from_variant("tiny").to(args.device)
+    batch = {k: v.to(args.device) if hasattr(v, "to") else v for k, v in batch.items()}
+    step = timed(_step(model, batch), args.device)
+    found["step_samples_per_s"] = 1e3 * len(batch["rainy"]) / step
+    return found
+
+
+def _step(model: Any, batch: Any) -> Callable[[], None]:
+    import torch
+
+    model.train()
+    model.log = lambda *a, **k: None  # outside a Trainer there is nothing to log to
+    model.log_dict = lambda *a, **k: None
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> None:
+        optimiser.zero_grad()
+        model.training_step(batch, 0).backward()
+        optimiser.step()
+
+    return step
+
+
+def steps(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    found: dict[str, Any] = {}
+    for name in args.names or catalogue.names():
+        cls, data_cls = catalogue.load_class(name), catalogue.load_datamodule(name)
+        module = data_cls()
+        module.setup()
+        from zoo.core.recipe import build
+
+        model = build(cls, module, {"variant": "tiny"}).to(args.device)
+        if not model.automatic_optimization:
+            found[name] = {"left_out": "steps itself: see its own speed figures"}
+            continue
+        batch = model.transfer_batch_to_device(next(iter(module.train_dataloader())), torch.device(args.device), 0)
+        try:
+            row = {"train_step_ms": timed(_step(model, batch), args.device)}
+        except Exception as error:  # needs a trainer around it
+            row = {"train_step": f"{type(error).__name__}: {error}"}
+        try:
+            inputs = model.eval().example_inputs()
+            with torch.inference_mode():
+                row["inference_ms"] = timed(lambda m=model, i=inputs: m(*i), args.device)
+            if args.compile:
+                compiled = torch.compile(model)
+                with torch.inference_mode():
+                    row["inference_compiled_ms"] = timed(lambda c=compiled, i=inputs: c(*i), args.device)
+        except ZooError as error:
+            row["inference"] = str(error)
+        if args.device.startswith("cuda"):
+            row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        found[name] = row
+    return found
+
+
+def _section(args: argparse.Namespace, key: str, figures: dict[str, Any], **more: Any) -> None:
+    name = catalogue.entry(args.name).facts["class"]
+    section = {"figures": figures, "files": results.fingerprint(name), **more, **results.circumstances()}
+    file = results.path(name)
+    old = results.read(name)
+    if key == "speed" and args.device != "cpu":
+        key = f"speed_{args.device.split(':')[0]}"
+    results.record(file, {"name": old.get("name", name), key: section})
+    print(json.dumps({key: figures}, indent=1))
+
+
+def _commit(checkout: str | None) -> str:
+    if not checkout:
+        return ""
+    done = subprocess.run(["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def speed(args: argparse.Namespace) -> None:
+    module = importlib.import_module(f"benchmarks.authors.{catalogue.entry(args.name).toml.stem}")
+    figures = module.speed(Path(args.authors) if args.authors else None, args.device)
+    _section(args, "speed", figures, authors_commit=_commit(args.authors))
+
+
+def parity(args: argparse.Namespace) -> None:
+    entry = catalogue.entry(args.name)
+    module = importlib.import_module(f"benchmarks.authors.{entry.toml.stem}")
+    figures = module.compare(Path(args.authors))
+    if args.golden:
+        from safetensors.torch import save_file
+
+        path = catalogue.ROOT.parent / "tests" / "golden" / f"{entry.toml.stem}.safetensors"
+        save_file({k: v.contiguous() for k, v in module.golden(Path(args.authors)).items()}, path)
+        if path.stat().st_size > 300 * 1024:
+            raise ZooError(f"{path} has {path.stat().st_size} bytes; at most 300 KB.")
+    _section(args, "parity", figures, authors=entry.facts["code"], authors_commit=_commit(args.authors))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for call in (imports, load, data, steps, speed, parity):
+        sub = verbs.add_parser(call.__name__)
+        sub.set_defaults(call=call)
+        sub.add_argument("--device", default="cpu")
+        sub.add_argument("--json")
+        if call in (speed, parity):
+            sub.add_argument("name")
+            sub.add_argument("--authors", required=call is parity, help="checkout of the authors' repository")
+            sub.add_argument("--golden", action="store_true", help="also write tests/golden/<method>.safetensors")
+        if call is steps:
+            sub.add_argument("names", nargs="*")
+            sub.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    figures = args.call(args)
+    if figures is not None:
+        print(json.dumps(figures, indent=1))
+        if args.json:
+            results.record(Path(args.json), {args.verb: {"figures": figures, **results.circumstances()}})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,11 @@
+from .checks import check_channels as check_channels
+from .checks import check_finite as check_finite
+from .datamodule import Source as Source
+from .datamodule import ZooDataModule as ZooDataModule
+from .errors import ZooError as ZooError
+from .files import atomic_write as atomic_write
+from .hub import load as load
+from .module import ZooModule as ZooModule
+from .module import unwrap as unwrap
+from .seeding import seed_from as seed_from
+from .trainer import Trainer as Trainer

@@ -1,0 +1,290 @@
+"""What the verbs of the command do once torch is loaded."""
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoo.core import catalogue, hub
+from zoo.core.errors import ZooError
+from zoo.core.files import atomic_write
+
+log = logging.getLogger(__name__)
+
+
+def quiet() -> None:
+    """Show the zoo's own log lines, and of lightning's only what a user must act on."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("zoo").setLevel(logging.INFO)
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    warnings.filterwarnings("ignore", ".*isinstance.treespec.*")
+    warnings.filterwarnings("ignore", ".*exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*GPU available but not used.*")
+
+
+def open_checkpoint(cls: Any, where: str | Path, **overrides: Any) -> Any:
+    """A method from a ``.ckpt`` file, a folder or a repository, in eval mode.
+
+    Raises:
+        ZooError: if it is missing, damaged, or of another method.
+    """
+    path = Path(where).expanduser()
+    if not path.is_file():
+        if path.suffix in (".ckpt", ".safetensors"):
+            raise ZooError(f"Checkpoint {where} does not exist.")
+        return cls.from_pretrained(where, **overrides)
+    if path.name in (hub.WEIGHTS, hub.CONFIG):
+        return cls.from_pretrained(path.parent, **overrides)
+    content = load_tensors(path)
+    if "zoo" not in content:
+        raise ZooError(f"{path} was not written by the zoo. `zoo convert` takes authors' checkpoints.")
+    if content["zoo"]["class"] != cls.__name__:
+        raise ZooError(f"{path} holds {content['zoo']['class']}, not {cls.__name__}.")
+    model = cls(**{**content["zoo"]["hyperparameters"], **overrides})
+    model.load_state_dict(content["state_dict"])
+    return model.eval()
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """A checkpoint file's content, from safetensors or from torch's format without running any code in it."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ZooError(f"{path} cannot be read as tensors only: {text[:200]}") from error
+
+
+# ---- fit, validate, test -----------------------------------------------------------------------------------------
+
+
+def train(verb: str, name: str, argv: list[str]) -> int:
+    """Run fit, validate or test through LightningCLI."""
+    from jsonargparse import ArgumentError, Namespace
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    from zoo.core.trainer import Trainer
+
+    quiet()
+    cls, data_cls, facts = catalogue.load_class(name), catalogue.load_datamodule(name), catalogue.facts(name)
+    variant, argv = _take(argv, "--variant")
+    defaults = cls.variant(variant or "paper")
+    signature = inspect.signature(cls).parameters
+
+    class Command(LightningCLI):
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.add_argument("--ckpt_path", default=None, type=str | None, help="'last', or a checkpoint")
+            parser.add_argument("--from", default=None, type=str | None, help="folder or repository to fine-tune")
+            parser.set_defaults({f"model.{k}": v for k, v in defaults.items()})
+            parser.set_defaults({"trainer.default_root_dir": f"runs/{name}"})
+            if facts.get("trainer"):
+                parser.set_defaults({f"trainer.{k}": v for k, v in facts["trainer"].items()})
+
+        def instantiate_classes(self) -> None:
+            self.datamodule = data_cls(**_plain(self.config.get("data", Namespace())))
+            given = _plain(self.config.get("model", Namespace()))
+            chosen = {k: v for k, v in given.items() if v != signature[k].default or k in defaults}
+            self.model = self.build(chosen)
+            self.trainer = self.instantiate_trainer()
+
+        def build(self, chosen: dict[str, Any]) -> Any:
+            if self.config["from"] and verb == "fit":
+                plain = {k: v for k, v in chosen.items() if k not in defaults or v != defaults[k]}
+                return cls.from_pretrained(self.config["from"], **plain)
+            if verb != "fit" and self.config["ckpt_path"]:
+                return open_checkpoint(cls, self.config["ckpt_path"])
+            self.datamodule.prepare_data()
+            self.datamodule.setup("fit")
+            sizes = {k: v for k, v in self.datamodule.describe().items() if k in signature}
+            for key, value in sizes.items():
+                if key in chosen and key not in defaults and chosen[key] not in (None, value):
+                    raise ZooError(f"--model.{key} is {chosen[key]}, but the data has {value}. Leave the option out.")
+            return cls(**{**chosen, **sizes})
+
+    try:
+        command = Command(
+            cls,
+            data_cls,
+            trainer_class=Trainer,
+            args=argv,
+            run=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"exit_on_error": False, "prog": f"zoo {verb} {name}"},
+        )
+    except ArgumentError as error:
+        raise ZooError(_short(str(error), name, verb)) from error
+    trainer, model, data = command.trainer, command.model, command.datamodule
+    if verb == "fit":
+        trainer.fit(model, datamodule=data, ckpt_path=command.config["ckpt_path"])
+        best = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else ""
+        if best:
+            print(f"best checkpoint: {best}")
+        return 0
+    if not command.config["ckpt_path"]:
+        raise ZooError(f"zoo {verb} needs --ckpt_path: a .ckpt file, a folder or a repository.")
+    getattr(trainer, verb)(model, datamodule=data)
+    return 0
+
+
+def _take(argv: list[str], option: str) -> tuple[str | None, list[str]]:
+    """Take ``--option VALUE`` or ``--option=VALUE`` out of the arguments."""
+    rest, value = [], None
+    words = iter(argv)
+    for word in words:
+        if word == option:
+            value = next(words, None)
+            if value is None:
+                raise ZooError(f"{option} needs a value.")
+        elif word.startswith(option + "="):
+            value = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return value, rest
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return config.as_dict() if hasattr(config, "as_dict") else dict(config)
+
+
+def _short(text: str, name: str, verb: str) -> str:
+    lines = [line.strip(" -") for line in text.splitlines() if line.strip()]
+    return f"{' '.join(lines[:3])} See: zoo {verb} {name} --help"
+
+
+# ---- predict -----------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def predict(
+    name: str,
+    checkpoint: str,
+    source: str,
+    target: str,
+    device: str,
+    data_options: dict[str, Any],
+    model_options: dict[str, Any],
+) -> list[Path]:
+    """Read a user's files, run the method, write the results; the paths written are returned."""
+    from tqdm import tqdm
+
+    quiet()
+    cls, data_cls = catalogue.load_class(name), catalogue.load_datamodule(name)
+    model = open_checkpoint(cls, checkpoint, **model_options)
+    try:
+        data = data_cls(**data_options).from_files(source)
+    except TypeError as error:
+        raise ZooError(f"{data_cls.__name__}: {error}") from error
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    model.to(device)
+    loader = data.predict_dataloader()
+
+    def results() -> Iterator[dict[str, Any]]:
+        for index, batch in enumerate(tqdm(loader, desc=name, unit="batch", disable=None)):
+            batch = model.on_before_batch_transfer(batch, 0)
+            yield model.predict_step(model.transfer_batch_to_device(batch, model.device, 0), index)
+
+    written = data.write(results(), Path(target))
+    for path, reason in data.skipped:
+        log.warning("left out: %s (%s)", path, reason)
+    return written
+
+
+# ---- convert, publish, export ------------------------------------------------------------------------------------
+
+
+def convert(name: str, checkpoint: Path, out: Path) -> Path:
+    """An authors' checkpoint as a folder in the Hub's form."""
+    cls: Any = catalogue.load_class(name)
+    content = load_tensors(checkpoint)
+    values, state = cls.convert_state_dict(content)
+    model = cls(**values)
+    model.load_state_dict(state)
+    facts = catalogue.facts(name)
+    return model.save_pretrained(
+        out,
+        dataset="the authors' (see their repository)",
+        recipe=f"zoo convert {name} {checkpoint.name} {out.name}",
+        limits=f"Converted from the authors' weights; their licence ({facts.get('code_licence', 'none')}) applies.",
+    )
+
+
+def publish(folder: Path, repo_id: str, private: bool = False) -> str:
+    """Check a checkpoint's folder (loads, runs, complete card), upload it in one commit, return the revision."""
+    from huggingface_hub import HfApi, ModelCard
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    from zoo.core.card import SECTIONS
+
+    config = hub.read_config(folder)
+    model = hub.load(folder)
+    card_path = folder / hub.CARD
+    text = card_path.read_text(encoding="utf-8") if card_path.is_file() else ""
+    missing = [s for s in SECTIONS if f"## {s}" not in text]
+    if missing:
+        raise ZooError(
+            f"{card_path} is no complete model card: section '{missing[0]}' is missing. Save the model anew."
+        )
+    data = ModelCard(text).data
+    if not data.library_name or not data.license:
+        raise ZooError(f"{card_path} names no library or no licence in its header. Save the model anew.")
+    _runs(config["class"], model)
+    try:
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.png", hub.CARD],
+            commit_message=f"{config['class']}: {data.model_name or folder.name}",
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ZooError(f"Uploading to {repo_id} failed: {str(error).splitlines()[0]}") from error
+    return f"{repo_id}@{done.oid}"
+
+
+def _runs(name: str, model: Any) -> None:
+    """One prediction on the embedded set: a checkpoint that cannot do it is not published."""
+    data: Any = catalogue.load_datamodule(name)()
+    data.setup("test")
+    batch = next(iter(data.test_dataloader()))
+    try:
+        with torch.inference_mode():
+            model.predict_step(batch, 0)
+    except Exception as error:
+        fits = {k: v for k, v in data.describe().items() if model.hyperparameters.get(k, v) != v}
+        if fits:  # made for other data than the embedded set: loading was all that can be checked here
+            return
+        raise ZooError(f"The checkpoint loads, but does not run: {error}") from error
+
+
+def export(name: str, checkpoint: str, out: Path, form: str) -> Path:
+    """`forward` as an ONNX file or a torch.export program, with the size of batches left open."""
+    facts = catalogue.facts(name)
+    flag = facts["capabilities"].get("onnx" if form == "onnx" else "export", True)
+    if flag is not True:
+        raise ZooError(f"{name} cannot be exported to {form}: {flag}")
+    model = open_checkpoint(catalogue.load_class(name), checkpoint)
+    inputs = model.example_inputs()
+    with atomic_write(out) as part:
+        if form == "onnx":
+            try:
+                import onnxscript  # noqa: F401
+            except ImportError as error:
+                raise ZooError("ONNX export needs the extra: pip install 'paper-zoo[export]'") from error
+            torch.onnx.export(model, inputs, str(part), dynamo=True, external_data=False, verbose=False)
+        else:
+            torch.export.save(torch.export.export(model, inputs), str(part))
+    return out

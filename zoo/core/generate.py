@@ -1,0 +1,89 @@
+"""Writes what follows from the catalogue: the ``.pyi`` faces and METHODS.md. ``--check`` only compares.
+
+python -m zoo.core.generate [--check]
+"""
+
+import sys
+from pathlib import Path
+
+from zoo.core import catalogue, results
+
+NAMED = {True: "holds", False: "does not hold", None: "not measured"}
+
+
+def faces() -> dict[Path, str]:
+    """The ``__init__.pyi`` of each domain: its methods and DataModules, one sorted line each."""
+    lines: dict[str, set[str]] = {}
+    for name, entry in catalogue.entries().items():
+        if entry.domain != "extern":
+            relative = "." + ".".join(entry.module.split(".")[2:])
+            lines.setdefault(entry.domain, set()).add(f"from {relative} import {name} as {name}")
+    for name, module in catalogue.datamodules().items():
+        parts = module.split(".")
+        if parts[0] == "zoo" and parts[1] in catalogue.DOMAINS:
+            lines.setdefault(parts[1], set()).add(f"from .{'.'.join(parts[2:])} import {name} as {name}")
+    # lazy_loader takes relative level-1 imports only, so a domain's face names the module below it
+    return {catalogue.ROOT / d / "__init__.pyi": "\n".join(sorted(found)) + "\n" for d, found in lines.items()}
+
+
+def methods() -> str:
+    """METHODS.md: every method with its evidence."""
+    rows = [
+        "# Methods",
+        "",
+        "Generated from the catalogue by `python -m zoo.core.generate`. *Parity* is the largest relative difference",
+        "from the authors' code in float32; *claim* is what `zoo reproduce NAME` found; *speed* is the authors' time",
+        "over ours.",
+        "",
+        "| method | paper | place | fidelity | parity | claim | speed | checkpoints |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    everything = results.all_results()
+    for name, entry in catalogue.entries().items():
+        if entry.domain == "extern":
+            continue
+        facts = entry.facts
+        link = f"[{facts['title']}](https://arxiv.org/abs/{facts['arxiv']})" if facts.get("arxiv") else facts["title"]
+        own = everything.get(name, {})
+        parity = own.get("parity", {}).get("figures", {})
+        speed = [
+            f"{what} {row['authors_ms'] / row['ours_ms']:.1f}x"
+            for what, row in own.get("speed", {}).get("figures", {}).items()
+            if "authors_ms" in row
+        ]
+        claims = [
+            f"{label.partition('@')[2] or 'embedded'}: {NAMED[found.get('holds')]}"
+            for label, found in everything.items()
+            if label.split("@")[0] == name and "holds" in found
+        ]
+        points = [c.get("repo") or f"hub/{c['path']}" for c in facts.get("checkpoints", [])]
+        cells = [
+            f"`{name}`",
+            link,
+            f"{entry.domain}/{entry.family}",
+            facts["fidelity"],
+            f"{max(parity.values()):.0e}" if parity else "-",
+            "; ".join(claims) or "not measured",
+            "; ".join(speed) or "-",
+            ", ".join(points) or "-",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the generated files, or with ``--check`` name those that are stale and return 1."""
+    check = "--check" in (sys.argv[1:] if argv is None else argv)
+    files = {**faces(), catalogue.ROOT.parent / "METHODS.md": methods()}
+    stale = [path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        if check:
+            print(f"{path.relative_to(catalogue.ROOT.parent)} is stale: run python -m zoo.core.generate")
+        else:
+            path.write_text(files[path], encoding="utf-8")
+            print(f"wrote {path.relative_to(catalogue.ROOT.parent)}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

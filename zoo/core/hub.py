@@ -1,0 +1,299 @@
+"""Checkpoints: written whole or not at all, read strictly, from safetensors only."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from zoo.core.errors import ZooError
+from zoo.core.files import atomic_folder
+
+log = logging.getLogger(__name__)
+
+ORGANISATION = "paper-zoo"
+"""The organisation on the Hub that the zoo's own checkpoints live under."""
+FORMAT = 1
+"""Version of the checkpoint's form, written to config.json; a newer one is refused."""
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+
+M = TypeVar("M")
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------
+
+
+def save(module: Any, folder: Path, card: dict[str, Any]) -> Path:
+    """Write config, weights, what the method adds (``save_extra``) and the card into ``folder``, all or nothing."""
+    if "module" in module._modules:
+        raise ZooError(f"{type(module).__name__} has a submodule called 'module', a name that wrappers use. Rename it.")
+    config = {
+        "format_version": FORMAT,
+        "library": "paper-zoo",
+        "class": type(module).__name__,
+        "hyperparameters": module.hyperparameters,
+    }
+    state = {key: value.detach().cpu().contiguous() for key, value in module.saved_state_dict().items()}
+    with atomic_folder(folder) as part:
+        (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        try:
+            save_file(_untied(state), part / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:  # safetensors wraps the operating system's error
+            raise OSError(28 if "space" in str(error).lower() else 5, str(error)) from error
+        if hasattr(module, "save_extra"):
+            module.save_extra(part)
+        text = str(module.generate_model_card(**card))
+        (part / CARD).write_text(text, encoding="utf-8")
+    return folder
+
+
+def _untied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """safetensors refuses tensors that share memory; tied weights are written twice."""
+    seen: set[int] = set()
+    result = {}
+    for key, value in state.items():
+        pointer = value.untyped_storage().data_ptr()
+        result[key] = value.clone() if pointer in seen and pointer else value
+        seen.add(pointer)
+    return result
+
+
+# ---- finding ----------------------------------------------------------------------------------------------------
+
+
+def snapshot(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder of a checkpoint: a folder as it is, or a repository's snapshot, fetched and checked.
+
+    Raises:
+        ZooError: if there is no such folder or repository, no safetensors in it, or a file differs from its checksum.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    repo, _, pinned = str(name).partition("@")
+    revision = revision or pinned or None
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or repo.startswith("."):
+        raise ZooError(f"{name} is neither a folder nor a repository of the form ORG/NAME[@revision].")
+    # transformers and friends would also fetch pickles: only these patterns ever leave the server
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = f"{repo}{'@' + revision if revision else ''}"
+    try:
+        path = Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", CARD],
+                library_name="paper-zoo",
+            )
+        )
+    except GatedRepoError as error:
+        raise ZooError(
+            f"{where} asks for its terms to be accepted on the Hub, then for a token (`hf auth login`)."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ZooError(f"{repo} has no revision {revision!r}.") from error
+    except RepositoryNotFoundError as error:
+        raise ZooError(
+            f"No repository {repo} on the Hub, or no access to it. `zoo list` shows the zoo's own."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ZooError(
+            f"{where} is not in the cache, and the Hub cannot be reached (or offline mode is on)."
+        ) from error
+    except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:
+        raise ZooError(
+            f"Fetching {where} failed: {str(error).splitlines()[0]}. Try again: what has come is kept."
+        ) from error
+    if not (path / WEIGHTS).exists() and not local_files_only:
+        others = [f for f in HfApi(token=token).list_repo_files(repo, revision=revision) if _is_pickle(f)]
+        if others:
+            raise ZooError(
+                f"{where} offers only {', '.join(others[:2])}: a pickle, which could run code. Only safetensors load."
+            )
+    _verify(path, where)
+    return path
+
+
+def _is_pickle(name: str) -> bool:
+    return name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"))
+
+
+def _verify(folder: Path, where: str) -> None:
+    """Compare each file with the checksum that the Hub gave: the client itself compares sizes only.
+
+    The cache names a file after it: sha256 for large files, git's sha1 for small ones.
+
+    Raises:
+        ZooError: naming the first file that differs; it is dropped from the cache, so that the next try fetches it.
+    """
+    for link in sorted(folder.rglob("*")):
+        blob = link.resolve()
+        if not blob.is_file() or blob.parent.name != "blobs":
+            continue
+        expected = blob.name
+        size = blob.stat().st_size
+        digest = hashlib.sha256() if len(expected) == 64 else hashlib.sha1(b"blob %d\0" % size)
+        with open(blob, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+        if digest.hexdigest() != expected:
+            blob.unlink()
+            link.unlink(missing_ok=True)
+            raise ZooError(
+                f"{where}: {link.name} was damaged on its way (checksum differs) and is dropped. Load it again."
+            )
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checked content of config.json.
+
+    Raises:
+        ZooError: if it is missing, not JSON, of a newer format, or names no method.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ZooError(f"{folder} has no {CONFIG}: it is no checkpoint of the zoo.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        version, name, values = config["format_version"], config["class"], config["hyperparameters"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ZooError(f"{path} is not a config of the zoo ({type(error).__name__}: {error}).") from error
+    if not isinstance(version, int) or version < 1 or not isinstance(name, str) or not isinstance(values, dict):
+        raise ZooError(
+            f"{path} is not a config of the zoo: format_version, class or hyperparameters are of a wrong type."
+        )
+    if version > FORMAT:
+        raise ZooError(
+            f"{path} has format_version {version}, this zoo reads up to {FORMAT}. Update: pip install -U paper-zoo."
+        )
+    return config
+
+
+def load(name: str | Path, **options: Any) -> Any:
+    """Load a checkpoint of any method; its config says which. Options as in `ZooModule.from_pretrained`."""
+    from zoo.core import catalogue
+
+    keys = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+    folder = snapshot(name, **{key: options.pop(key) for key in keys if key in options})
+    return read(catalogue.load_class(read_config(folder)["class"]), folder, options)
+
+
+def read(cls: type[M], folder: Path, overrides: dict[str, Any]) -> M:
+    """Build ``cls`` from a checkpoint's folder and load its weights, strictly.
+
+    The model is first built without memory and held against the shapes in the file, so that a hostile config costs
+    nothing.
+
+    Raises:
+        ZooError: if the config does not fit the class, or the weights do not fit the config.
+    """
+    from zoo.core.module import refuse_difference
+
+    config = read_config(folder)
+    if config["class"] != cls.__name__:
+        raise ZooError(
+            f"{folder} holds {config['class']}, not {cls.__name__}. Load it with {config['class']}.from_pretrained."
+        )
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        found = [p.name for p in folder.iterdir() if _is_pickle(p.name)]
+        raise ZooError(
+            f"{folder} has no {WEIGHTS}"
+            + (f", only {found[0]}: a pickle, which could run code. Only safetensors load." if found else ".")
+        )
+    try:
+        with safe_open(weights, "pt") as file:
+            shapes = {key: _Shape(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ZooError(f"{weights} is not a readable safetensors file: {error}.") from error
+    head = cls.head if overrides else ()  # type: ignore[attr-defined]
+    values = {**config["hyperparameters"], **overrides}
+    relocate = getattr(cls, "load_extra", None)
+    if relocate is not None:
+        values = relocate(folder, values)
+    external = isinstance(values.get("backbone"), str)
+    name = f"{cls.__name__} from {folder}"
+    if not external:
+        with _at_most(4 * len(shapes) + 64), torch.device("meta"):
+            plan = _construct(cls, values, folder)
+        fresh = refuse_difference(name, plan.state_dict(), shapes, head=head)
+    model = _construct(cls, values, folder)
+    own = model.state_dict()
+    absent = own.keys() - model.saved_state_dict().keys()
+    fresh = refuse_difference(name, own, shapes, absent, head)
+    state = load_file(weights)
+    if fresh:
+        # the whole head, also what would fit: half an old classifier is none
+        state = {key: value for key, value in state.items() if not key.startswith(head)}
+        log.info(
+            "%s: initialised anew for your task: %s.", cls.__name__, ", ".join(k for k in own if k.startswith(head))
+        )
+    nn.Module.load_state_dict(model, {**own, **state}, strict=True)
+    return model.eval()
+
+
+class _Shape:
+    """A stand-in for a tensor of which only the shape is known."""
+
+    def __init__(self, shape: list[int]):
+        self.shape = tuple(shape)
+
+
+def _construct(cls: Any, values: dict[str, Any], folder: Path) -> Any:
+    try:
+        return cls(**values)
+    except ZooError:
+        raise
+    except Exception as error:  # whatever a hostile config provokes, the user reads one line
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ZooError(f"{folder / CONFIG} does not build {cls.__name__}: {text}") from error
+
+
+@contextlib.contextmanager
+def _at_most(count: int) -> Iterator[None]:
+    """Stop a construction that registers more parameters than the weights could fill (depth = 10**9)."""
+    left = count
+
+    def step(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ZooError(f"the config asks for more than {count} parameters, far more than the weights hold.")
+
+    handle = torch.nn.modules.module.register_module_parameter_registration_hook(step)
+    try:
+        yield
+    finally:
+        handle.remove()

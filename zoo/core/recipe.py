@@ -1,0 +1,342 @@
+"""Recipes: a paper's claim as a table that a command runs and judges."""
+
+import copy
+import hashlib
+import importlib
+import json
+import logging
+import math
+import os
+import shutil
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from zoo.core import catalogue, results
+from zoo.core.errors import ZooError, nearest
+from zoo.core.files import atomic_write
+
+log = logging.getLogger(__name__)
+
+KEYS = {
+    "claim", "paper", "comparable", "seeds", "budget", "evaluate", "model", "data", "trainer", "prepare", "arms",
+    "checks", "class", "datamodule", "fit", "cause", "embedded",
+}  # fmt: skip
+ARM_KEYS = {"class", "datamodule", "model", "data", "trainer", "prepare", "from", "fit", "evaluate"}
+OPERATORS: dict[str, Callable[[float, float], bool]] = {">": lambda a, b: a > b, "<": lambda a, b: a < b}
+
+
+def recipe(name: str, dataset: str = "default") -> dict[str, Any]:
+    """A method's recipe, checked.
+
+    Raises:
+        ZooError: if there is none of that name, or it is malformed.
+    """
+    entry = catalogue.entry(name)
+    if dataset not in entry.recipes:
+        have = ", ".join(f"{name}@{d}" if d != "default" else name for d in entry.recipes) or "none"
+        raise ZooError(f"{name} has no recipe {dataset!r}.{nearest(dataset, list(entry.recipes))} It has {have}.")
+    found = copy.deepcopy(entry.recipes[dataset])
+    where = f"{entry.toml.name} [recipes.{dataset}]"
+    for key in ("claim", "arms", "checks", "seeds", "budget"):
+        if not found.get(key):
+            raise ZooError(f"{where}: '{key}' is missing.")
+    unknown = [k for k in found if k not in KEYS] + [k for a in found["arms"].values() for k in a if k not in ARM_KEYS]
+    if unknown:
+        raise ZooError(f"{where}: unknown key {unknown[0]!r}.{nearest(unknown[0], sorted(KEYS | ARM_KEYS))}")
+    if len(found["seeds"]) < 3:
+        raise ZooError(f"{where}: at least 3 seeds.")
+    for check in found["checks"]:
+        sides = [check["left"], check["right"]]
+        bad = [s for s in sides if isinstance(s, str) and s not in found["arms"]]
+        if bad or check["op"] not in OPERATORS or "metric" not in check:
+            raise ZooError(
+                f"{where}: the check {check} names no arm {bad}, no metric or an operator other than < and >."
+            )
+    return found
+
+
+def reproduce(
+    name: str,
+    dataset: str = "default",
+    *,
+    root: str | Path | None = None,
+    seeds: int | list[int] | None = None,
+    arms: list[str] | None = None,
+    work: str | Path = "runs/reproduce",
+    accelerator: str = "auto",
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Run a recipe and judge its claim.
+
+    Args:
+        name: the method.
+        dataset: ``"default"``, or the recipe's name.
+        root: the dataset's folder, ``$ZOO_DATA/<dataset>`` by default; recipes on the embedded set take none.
+        seeds: how many of the recipe's seeds (more than it has goes on counting), or which.
+        arms: only these; the checks that need others are then left open and the claim with them.
+        work: folder for checkpoints; an interrupted run goes on from the arms it has finished.
+    Returns:
+        what goes to ``results/<Name>[@dataset].json``.
+    """
+    clock = results.Clock()
+    name = catalogue.entry(name).facts["class"]
+    table = recipe(name, dataset)
+    chosen = _seeds(table["seeds"], seeds)
+    data_root = None if table.get("embedded", dataset == "default") else _root(dataset, root)
+    label = name if dataset == "default" else f"{name}@{dataset}"
+    base = Path(work) / label
+    values: dict[str, dict[str, dict[str, float]]] = {}
+    wanted = [a for a in table["arms"] if arms is None or a in arms]
+    if not wanted:
+        raise ZooError(f"{label} has no arm {arms}; it has {', '.join(table['arms'])}.")
+    for seed in chosen:
+        for arm in wanted:
+            found = _arm(name, table, arm, seed, data_root, base / f"{arm}-{seed}", accelerator, progress)
+            values.setdefault(arm, {})[str(seed)] = found
+            line = ", ".join(f"{k} {v:.4g}" for k, v in found.items() if k.startswith("test/"))
+            print(f"{label}  {arm}  seed {seed}: {line}", flush=True)
+    shutil.rmtree(base / "done", ignore_errors=True)
+    checks = [_judge(check, values) for check in table["checks"]]
+    open_ = any(c["holds"] is None for c in checks)
+    outcome: dict[str, Any] = {
+        "name": label,
+        "claim": table["claim"],
+        "paper": table.get("paper", ""),
+        "comparable": bool(table.get("comparable", False)),
+        "holds": None if open_ else all(c["holds"] for c in checks),
+        "checks": checks,
+        "arms": values,
+        "seeds": chosen,
+        "seconds": round(clock.seconds, 1),
+        "budget_minutes": table["budget"],
+        "recipe": hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16],
+        "files": results.fingerprint(name),
+        **results.circumstances(),
+    }
+    if outcome["holds"] is False:
+        outcome["cause"] = table.get("cause", "")
+    return outcome
+
+
+def _seeds(own: list[int], asked: int | list[int] | None) -> list[int]:
+    if asked is None:
+        return own
+    if isinstance(asked, list):
+        return asked
+    if asked < 1:
+        raise ZooError(f"--seeds is {asked}; at least 1.")
+    return (own + [max(own) + 1 + i for i in range(asked)])[:asked]
+
+
+def _root(dataset: str, root: str | Path | None) -> str:
+    if root is not None:
+        return str(root)
+    home = os.environ.get("ZOO_DATA")
+    if not home:
+        raise ZooError(f"Where is {dataset}? Pass --root DIR, or set $ZOO_DATA to the folder that holds {dataset}/.")
+    return str(Path(home) / dataset)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict) and key in ("model", "data", "trainer")
+        merged[key] = {**merged[key], **value} if both else value
+    return merged
+
+
+def _arm(
+    name: str,
+    table: dict[str, Any],
+    arm: str,
+    seed: int,
+    root: str | None,
+    folder: Path,
+    accelerator: str,
+    progress: bool,
+) -> dict[str, float]:
+    """Train and test one arm with one seed; its metrics. Finished arms of an interrupted run are taken as they are."""
+    own = table["arms"][arm]
+    plan = _merge({k: v for k, v in table.items() if k in ARM_KEYS}, own)
+    source = plan.pop("from", None)
+    if source:
+        plan = _merge({k: v for k, v in table.items() if k in ARM_KEYS}, {**table["arms"][source], **own})
+    # a real set's recipe may run several methods' arms or other data: only its own root is filled in
+    if root is not None:
+        plan["data"] = {"root": root, **plan.get("data", {})}
+    key = hashlib.sha256(json.dumps([plan, seed, results.fingerprint(plan.get("class", name))]).encode()).hexdigest()
+    done = folder.parent / "done" / f"{arm}-{seed}.json"
+    if done.is_file():
+        kept = json.loads(done.read_text())
+        if kept["key"] == key:
+            return kept["metrics"]
+    checkpoint = folder.parent / f"{source}-{seed}" / "checkpoints" if source else None
+    metrics = _run(name, plan, seed, folder, checkpoint, accelerator, progress)
+    with atomic_write(done) as part:
+        part.write_text(json.dumps({"key": key, "metrics": metrics}))
+    return metrics
+
+
+def _run(
+    name: str,
+    plan: dict[str, Any],
+    seed: int,
+    folder: Path,
+    checkpoint: Path | None,
+    accelerator: str,
+    progress: bool,
+) -> dict[str, float]:
+    import inspect
+
+    import lightning
+    import torch
+
+    from zoo.core.trainer import Trainer
+
+    lightning.seed_everything(seed, verbose=False)
+    cls = catalogue.load_class(plan.get("class", name))
+    data_cls = catalogue.load_datamodule(plan.get("datamodule") or plan.get("class", name))
+    if plan.get("prepare"):
+        prepared = _prepare(plan["prepare"], seed, folder.parent)
+        plan = {**plan, **{k: _fill(plan.get(k, {}), prepared) for k in ("model", "data")}}
+    arguments = dict(plan.get("data", {}))
+    if "seed" in inspect.signature(data_cls).parameters:
+        arguments.setdefault("seed", seed)
+    data = data_cls(**arguments)
+    data.prepare_data()
+    data.setup("fit")
+    lightning.seed_everything(seed, verbose=False)  # the same first weights for every arm, whatever the data drew
+    model = build(cls, data, plan.get("model", {}))
+    if folder.exists():
+        shutil.rmtree(folder)
+    trainer = Trainer(
+        **{
+            "default_root_dir": folder,
+            "seed": seed,
+            "accelerator": accelerator,
+            "devices": 1,
+            "enable_progress_bar": progress,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "logger": False,
+            **plan.get("trainer", {}),
+        }
+    )
+    clock = results.Clock()
+    metrics: dict[str, float] = {}
+    if checkpoint is None and plan.get("fit", True):
+        trainer.fit(model, datamodule=data)
+        metrics |= _numbers(trainer.callback_metrics)
+        checkpoint = folder / "checkpoints"
+    metrics["seconds"] = clock.seconds
+    if checkpoint is not None and (checkpoint / "last.ckpt").is_file():
+        best = checkpoint / f"{plan.get('evaluate', 'best')}.ckpt"
+        content = torch.load(
+            best if best.is_file() else checkpoint / "last.ckpt", map_location="cpu", weights_only=True
+        )
+        model.on_load_checkpoint(content)
+        model.load_state_dict(content["state_dict"])
+    trainer.test(model, datamodule=data, verbose=False)
+    metrics |= _numbers(trainer.callback_metrics)
+    metrics["parameters"] = float(sum(p.numel() for p in model.parameters() if p.requires_grad))
+    broken = [k for k, v in metrics.items() if not math.isfinite(v)]
+    if broken:
+        raise ZooError(f"{name}, seed {seed}: {broken[0]} is {metrics[broken[0]]}. Training diverged.")
+    return metrics
+
+
+def build(cls: Any, data: Any, given: dict[str, Any]) -> Any:
+    """A method with the user's arguments, a variant's, and the sizes that the data know and the user left out."""
+    import inspect
+
+    given = dict(given)
+    variant = cls.variant(given.pop("variant", "paper"))
+    known = inspect.signature(cls).parameters
+    sizes = {k: v for k, v in data.describe().items() if k in known}
+    return cls(**{**variant, **sizes, **given})
+
+
+def _numbers(metrics: Any) -> dict[str, float]:
+    return {k: float(v) for k, v in metrics.items()}
+
+
+def _fill(value: Any, prepared: Path) -> Any:
+    if isinstance(value, dict):
+        return {k: _fill(v, prepared) for k, v in value.items()}
+    return value.replace("{prepare}", str(prepared)) if isinstance(value, str) else value
+
+
+def _prepare(stage: dict[str, Any], seed: int, base: Path) -> Path:
+    """Run a preparing stage once per seed; its folder is complete or absent."""
+    key = hashlib.sha256(json.dumps(stage, sort_keys=True).encode()).hexdigest()[:12]
+    folder = base / f"prepare-{key}-{seed}"
+    if folder.is_dir():
+        return folder
+    module, _, function = stage["call"].partition(":")
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    getattr(importlib.import_module(module), function)(part, seed, **stage.get("args", {}))
+    part.rename(folder)
+    return folder
+
+
+def mean(values: dict[str, dict[str, float]], metric: str) -> float:
+    """Mean of a metric over an arm's seeds.
+
+    Raises:
+        ZooError: if the arm did not log it.
+    """
+    missing = [m for m in values.values() if metric not in m]
+    if missing:
+        raise ZooError(f"No metric {metric!r}.{nearest(metric, list(missing[0]))} Logged: {', '.join(missing[0])}.")
+    return statistics.fmean(m[metric] for m in values.values())
+
+
+def _judge(check: dict[str, Any], values: dict[str, dict[str, dict[str, float]]]) -> dict[str, Any]:
+    """One comparison of means over seeds, with its figures."""
+    metric, margin = check["metric"], check.get("margin", 0.0)
+    row = {k: check[k] for k in ("left", "op", "right", "metric")}
+    row |= {"margin": margin, "relative": bool(check.get("relative", False))}
+    if any(isinstance(s, str) and s not in values for s in (check["left"], check["right"])):
+        return {**row, "holds": None}
+    left = mean(values[check["left"]], metric)
+    right = check["right"]
+    right = mean(values[right], metric) if isinstance(right, str) else float(right)
+    sign = 1 if check["op"] == ">" else -1
+    bar = right * (1 + sign * margin) if check.get("relative") else right + sign * margin
+    return {**row, "left_mean": left, "right_mean": right, "holds": OPERATORS[check["op"]](left, bar)}
+
+
+def report(outcome: dict[str, Any]) -> str:
+    """Paper, expected and measured side by side, for a terminal."""
+    lines = [f"{outcome['name']}: {outcome['claim']}"]
+    if outcome["comparable"] and outcome["paper"]:
+        lines.append(f"paper: {outcome['paper']}")
+    metrics = list(dict.fromkeys(c["metric"] for c in outcome["checks"]))
+    width = max(map(len, outcome["arms"]))
+    for arm, seeds in outcome["arms"].items():
+        cells = []
+        for metric in metrics:
+            have = [m[metric] for m in seeds.values() if metric in m]
+            if have:
+                spread = statistics.stdev(have) if len(have) > 1 else 0.0
+                cells.append(f"{metric} {statistics.fmean(have):.4f} ± {spread:.4f}")
+        lines.append(f"  {arm:<{width}}  {'   '.join(cells)}")
+    for c in outcome["checks"]:
+        margin = f"{c['margin']:.0%}" if c["relative"] else f"{c['margin']:g}"
+        expected = f"{c['left']} {c['op']} {c['right']} by {margin} in {c['metric']}"
+        if c["holds"] is None:
+            lines.append(f"  open      expected {expected}")
+            continue
+        lines.append(
+            f"  {'holds' if c['holds'] else 'FAILS':<8}  expected {expected};"
+            f" measured {c['left_mean']:.4f} and {c['right_mean']:.4f}"
+        )
+    word = {True: "the claim holds", False: "the claim does not hold", None: "not all arms ran: the claim is open"}
+    lines.append(f"{word[outcome['holds']]} ({len(outcome['seeds'])} seeds, {outcome['seconds']:.0f} s)")
+    if outcome.get("cause"):
+        lines.append(f"cause: {outcome['cause']}")
+    return "\n".join(lines)

@@ -1,0 +1,102 @@
+"""Measured evidence: ``results/<Name>[@dataset].json``, written by commands, shipped with the package.
+
+One file holds what ``zoo reproduce`` found (claim, checks, every value) and, for the method itself, what
+``python -m benchmarks parity`` and ``speed`` found. Nothing here is written by hand.
+"""
+
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from zoo.core import catalogue
+from zoo.core.files import atomic_write
+
+FOLDER = catalogue.ROOT / "results"
+PACKAGES = ("torch", "lightning", "timm", "transformers", "torchmetrics", "torch_geometric", "peft", "numpy")
+
+
+def path(name: str, folder: Path | None = None) -> Path:
+    """Where the evidence of ``Name`` or ``Name@dataset`` stands."""
+    return (folder or FOLDER) / f"{name}.json"
+
+
+def read(name: str, folder: Path | None = None) -> dict[str, Any]:
+    """The evidence, ``{}`` where there is none."""
+    file = path(name, folder)
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def all_results() -> dict[str, dict[str, Any]]:
+    """Every evidence file by its name."""
+    return {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in sorted(FOLDER.glob("*.json"))}
+
+
+def record(file: Path, content: dict[str, Any]) -> None:
+    """Write ``content`` over the keys that a file has; its other sections stay."""
+    old = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    with atomic_write(file) as part:
+        part.write_text(json.dumps({**old, **content}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def fingerprint(name: str) -> str:
+    """Hash of the files that make a method: its code and its DataModule's."""
+    entry = catalogue.entry(name)
+    modules = catalogue.datamodules()
+    files = [entry.toml.with_suffix(".py")]
+    module = modules.get(entry.facts["datamodule"])
+    if module is not None and module.startswith("zoo."):
+        files.append(catalogue.ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes() if file.is_file() else b"")
+    return digest.hexdigest()[:16]
+
+
+def is_stale(name: str, evidence: dict[str, Any]) -> bool:
+    """Whether the method's files changed since the evidence was recorded."""
+    return bool(evidence) and evidence.get("files") != fingerprint(name.split("@")[0])
+
+
+@functools.cache
+def circumstances() -> dict[str, Any]:
+    """Versions and hardware of this run."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"versions": versions, "hardware": _hardware(), "date": datetime.date.today().isoformat()}
+
+
+def _hardware() -> dict[str, Any]:
+    import torch
+
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = lines[0].split(":", 1)[1].strip() if lines else model
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: dict[str, Any] = {"cpu": model, "cores": cores, "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+class Clock:
+    """Seconds since construction."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
