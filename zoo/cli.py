@@ -211,6 +211,7 @@ def _reproduce(argv: list[str]) -> int:
     parser.add_argument("--json", metavar="FILE", help="also write the outcome here")
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--work", default="runs/reproduce", help="folder for checkpoints")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the arms and seeds")
     parser.add_argument("--progress", action="store_true", help="show progress bars")
     args = parser.parse_args(argv)
     name, _, dataset = args.name.partition("@")
@@ -230,6 +231,7 @@ def _reproduce(argv: list[str]) -> int:
         work=args.work,
         accelerator=args.accelerator,
         progress=args.progress,
+        jobs=args.jobs,
     )
     if args.json:
         results.record(Path(args.json), outcome)

@@ -84,9 +84,10 @@ def _locate(module: str) -> Path:
     """The file of a module of another package, found without importing anything but namespace parents."""
     top, *rest = module.split(".")
     spec = importlib.util.find_spec(top)
-    if spec is None or not (spec.submodule_search_locations or spec.origin):
+    places = list(spec.submodule_search_locations or [spec.origin or ""]) if spec else [""]
+    if not places[0]:
         raise ZooError(f"The entry point {module!r} of group {GROUP!r} points to no installed package.")
-    base = Path(next(iter(spec.submodule_search_locations or [spec.origin])))
+    base = Path(places[0])
     return base.joinpath(*rest) if rest else base
 
 
@@ -117,7 +118,7 @@ def facts(name: str) -> dict[str, Any]:
     return entry(name).facts
 
 
-def load_class(name: str) -> type:
+def load_class(name: str) -> Any:
     """Import a method's class.
 
     Raises:
@@ -127,7 +128,7 @@ def load_class(name: str) -> type:
     return getattr(importlib.import_module(found.module), found.facts["class"])
 
 
-def load_datamodule(name: str) -> type:
+def load_datamodule(name: str) -> Any:
     """Import a method's DataModule; ``name`` is a method's or a DataModule's.
 
     Raises:

@@ -128,7 +128,7 @@ def train(verb: str, name: str, argv: list[str]) -> int:
     trainer, model, data = command.trainer, command.model, command.datamodule
     if verb == "fit":
         trainer.fit(model, datamodule=data, ckpt_path=command.config["ckpt_path"])
-        best = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else ""
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if best:
             print(f"best checkpoint: {best}")
         return 0
@@ -237,7 +237,7 @@ def publish(folder: Path, repo_id: str, private: bool = False) -> str:
         raise ZooError(
             f"{card_path} is no complete model card: section '{missing[0]}' is missing. Save the model anew."
         )
-    data = ModelCard(text).data
+    data: Any = ModelCard(text).data
     if not data.library_name or not data.license:
         raise ZooError(f"{card_path} names no library or no licence in its header. Save the model anew.")
     _runs(config["class"], model)
@@ -248,6 +248,7 @@ def publish(folder: Path, repo_id: str, private: bool = False) -> str:
             repo_id=repo_id,
             folder_path=folder,
             allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.png", hub.CARD],
+            ignore_patterns=[".*"],  # what a killed save left behind
             commit_message=f"{config['class']}: {data.model_name or folder.name}",
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:

@@ -198,7 +198,7 @@ class ZooDataModule(lightning.LightningDataModule):
     def position(self) -> tuple[int, int]:
         """(epoch, batches already done in it), by the trainer's own counters where one is attached."""
         if self.trainer is not None and self.trainer.training:
-            loop = self.trainer.fit_loop
+            loop: Any = self.trainer.fit_loop
             return loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.ready
         self._epoch += 1
         return self._epoch, 0

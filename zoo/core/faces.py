@@ -12,7 +12,7 @@ def attach(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], 
     """`lazy_loader.attach_stub`, with the nearest known name in the error for a wrong one.
 
     Raises (on use):
-        ImportError: for an unknown class name. An AttributeError would lose its message in ``from zoo.vision import X``.
+        ImportError: for an unknown class name: ``from zoo.vision import X`` would drop an AttributeError's message.
         AttributeError: for any other unknown name, so that ``hasattr`` works on a module as ever.
     """
     load, listing, names = lazy_loader.attach_stub(package, file)

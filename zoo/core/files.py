@@ -42,7 +42,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; on success each of its files replaces the one of that name in ``path``.
+    """Yield a temporary folder; on success its files take their places in ``path``, those of the same name replaced.
+
+    A new ``path`` appears whole, in one step. One that is there gets file by file, each old or new but never half; the
+    temporary folder then lies inside it, for it may be a mount point or the only place that may be written to.
 
     Raises:
         ZooError: if the folder cannot be written or the disk is full; ``path`` is then as it was.
@@ -50,15 +53,20 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     part = None
     try:
+        new = not path.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        part = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent if new else path))
         yield part
-        path.mkdir(exist_ok=True)
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise PermissionError(13, "Permission denied", str(path))
-        for file in sorted(part.rglob("*")):
-            if file.is_file():
-                file.chmod(0o666 & ~_umask())
+        files = [file for file in sorted(part.rglob("*")) if file.is_file()]
+        for file in files:
+            file.chmod(0o666 & ~_umask())
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
+        if new:
+            part.chmod(0o777 & ~_umask())
+            os.rename(part, path)
+        else:
+            for file in files:
                 target = path / file.relative_to(part)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, target)

@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -66,8 +67,8 @@ class ZooModule(lightning.LightningModule, PyTorchModelHubMixin, library_name="p
             raise TypeError(f"{cls.__name__} has no hyperparameter {unknown[0]!r}.{hint}")
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        types = typing.get_type_hints(cls.__init__)
-        return {name: _json(cls, name, value, types.get(name, Any)) for name, value in bound.arguments.items()}
+        hints = typing.get_type_hints(cls.__init__)
+        return {name: _json(cls, name, value, hints.get(name, Any)) for name, value in bound.arguments.items()}
 
     @classmethod
     def from_variant(cls, name: str, **overrides: Any) -> Self:
@@ -230,6 +231,8 @@ class ZooModule(lightning.LightningModule, PyTorchModelHubMixin, library_name="p
     def configure_optimizers(self) -> Any:
         """AdamW at ``lr``; a method whose paper says otherwise overrides it."""
         hp = self.hyperparameters
+        if not any(p.requires_grad for p in self.parameters()):
+            return None  # a method without gradient training
         return torch.optim.AdamW(
             self.parameter_groups(), lr=hp.get("lr", 1e-3), weight_decay=hp.get("weight_decay", 0.0)
         )
@@ -324,13 +327,26 @@ def _json(cls: type, name: str, value: Any, annotation: Any) -> Any:
             f"{where[:200]}: hyperparameters are plain JSON (numbers, strings, booleans, None, lists, dicts), "
             f"not {type(value).__name__}. Pass a name or a number; a live model goes through `from_backbone`."
         ) from error
-    for candidate in (plain, value, _as_float(plain)):
+    for candidate in (plain, _as_float(plain)):
         try:
-            type_validator(name, candidate, annotation)
+            type_validator(name, candidate, _listed(annotation))
             return plain
         except TypeError:
             continue
     raise TypeError(f"{where[:200]}: expected {getattr(annotation, '__name__', annotation)}.")
+
+
+def _listed(annotation: Any) -> Any:
+    """The annotation with lists for tuples, which is what JSON gives back."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is tuple:
+        return list
+    if origin is tuple:
+        inner = [_listed(arg) for arg in args if arg not in (Ellipsis, ())]
+        return list[typing.Union[tuple(inner)]] if inner else list  # type: ignore[misc]  # noqa: UP007
+    if origin in (typing.Union, types.UnionType):
+        return typing.Union[tuple(_listed(arg) for arg in args)]  # noqa: UP007
+    return origin[tuple(_listed(arg) for arg in args)] if origin in (list, dict) else annotation
 
 
 def _as_float(value: Any) -> Any:

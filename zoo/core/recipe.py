@@ -67,6 +67,7 @@ def reproduce(
     work: str | Path = "runs/reproduce",
     accelerator: str = "auto",
     progress: bool = False,
+    jobs: int = 1,
 ) -> dict[str, Any]:
     """Run a recipe and judge its claim.
 
@@ -77,6 +78,7 @@ def reproduce(
         seeds: how many of the recipe's seeds (more than it has goes on counting), or which.
         arms: only these; the checks that need others are then left open and the claim with them.
         work: folder for checkpoints; an interrupted run goes on from the arms it has finished.
+        jobs: processes that share the arms and seeds; the figures don't depend on it, "seconds" do.
     Returns:
         what goes to ``results/<Name>[@dataset].json``.
     """
@@ -91,12 +93,15 @@ def reproduce(
     wanted = [a for a in table["arms"] if arms is None or a in arms]
     if not wanted:
         raise ZooError(f"{label} has no arm {arms}; it has {', '.join(table['arms'])}.")
-    for seed in chosen:
-        for arm in wanted:
-            found = _arm(name, table, arm, seed, data_root, base / f"{arm}-{seed}", accelerator, progress)
-            values.setdefault(arm, {})[str(seed)] = found
-            line = ", ".join(f"{k} {v:.4g}" for k, v in found.items() if k.startswith("test/"))
-            print(f"{label}  {arm}  seed {seed}: {line}", flush=True)
+    plans = {arm: _plan(table, arm, data_root) for arm in wanted}
+    # what others start from comes first: prepared folders, then arms, then arms that evaluate another's checkpoint
+    stages = {json.dumps(p["prepare"], sort_keys=True): p["prepare"] for p in plans.values() if p.get("prepare")}
+    _each(jobs, _prepare, [(stage, seed, base) for stage in stages.values() for seed in chosen])
+    for dependent in (False, True):
+        tasks = [(arm, seed) for seed in chosen for arm in wanted if bool(table["arms"][arm].get("from")) == dependent]
+        found = _each(jobs, _arm, [(name, plans[a], a, s, base, accelerator, progress) for a, s in tasks])
+        for (arm, seed), metrics in zip(tasks, found, strict=True):
+            values.setdefault(arm, {})[str(seed)] = metrics
     shutil.rmtree(base / "done", ignore_errors=True)
     checks = [_judge(check, values) for check in table["checks"]]
     open_ = any(c["holds"] is None for c in checks)
@@ -147,35 +152,53 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _each(jobs: int, call: Callable[..., Any], tasks: list[tuple[Any, ...]]) -> list[Any]:
+    """Call with each tuple of arguments, in this process or in several; results in order."""
+    if jobs <= 1 or len(tasks) <= 1:
+        return [call(*task) for task in tasks]
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(min(jobs, len(tasks)), get_context("spawn")) as pool:
+        futures = [pool.submit(call, *task) for task in tasks]
+        return [future.result() for future in futures]
+
+
+def _plan(table: dict[str, Any], arm: str, root: str | None) -> dict[str, Any]:
+    """An arm's whole plan: the recipe's, under the source arm's where it has one, under its own."""
+    plan = {k: v for k, v in table.items() if k in ARM_KEYS}
+    source = table["arms"][arm].get("from")
+    if source:
+        plan = _merge(plan, table["arms"][source])
+    plan = _merge(plan, table["arms"][arm])
+    if root is not None:
+        plan["data"] = {"root": root, **plan.get("data", {})}
+    return plan
+
+
 def _arm(
     name: str,
-    table: dict[str, Any],
+    plan: dict[str, Any],
     arm: str,
     seed: int,
-    root: str | None,
-    folder: Path,
+    base: Path,
     accelerator: str,
     progress: bool,
 ) -> dict[str, float]:
     """Train and test one arm with one seed; its metrics. Finished arms of an interrupted run are taken as they are."""
-    own = table["arms"][arm]
-    plan = _merge({k: v for k, v in table.items() if k in ARM_KEYS}, own)
-    source = plan.pop("from", None)
-    if source:
-        plan = _merge({k: v for k, v in table.items() if k in ARM_KEYS}, {**table["arms"][source], **own})
-    # a real set's recipe may run several methods' arms or other data: only its own root is filled in
-    if root is not None:
-        plan["data"] = {"root": root, **plan.get("data", {})}
     key = hashlib.sha256(json.dumps([plan, seed, results.fingerprint(plan.get("class", name))]).encode()).hexdigest()
-    done = folder.parent / "done" / f"{arm}-{seed}.json"
+    done = base / "done" / f"{arm}-{seed}.json"
+    metrics: dict[str, float] | None = None
     if done.is_file():
         kept = json.loads(done.read_text())
-        if kept["key"] == key:
-            return kept["metrics"]
-    checkpoint = folder.parent / f"{source}-{seed}" / "checkpoints" if source else None
-    metrics = _run(name, plan, seed, folder, checkpoint, accelerator, progress)
-    with atomic_write(done) as part:
-        part.write_text(json.dumps({"key": key, "metrics": metrics}))
+        metrics = kept["metrics"] if kept["key"] == key else None
+    if metrics is None:
+        source = base / f"{plan['from']}-{seed}" / "checkpoints" if plan.get("from") else None
+        metrics = _run(name, plan, seed, base / f"{arm}-{seed}", source, accelerator, progress)
+        with atomic_write(done) as part:
+            part.write_text(json.dumps({"key": key, "metrics": metrics}))
+    line = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith("test/"))
+    print(f"{base.name}  {arm}  seed {seed}: {line}", flush=True)
     return metrics
 
 

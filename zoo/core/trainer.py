@@ -6,6 +6,7 @@ import random
 import signal
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ class Trainer(lightning.Trainer):
         callbacks.insert(0, Reseed(seed))
         if logger is True:
             logger = [CSVLogger(root, name="", version=""), TensorBoardLogger(root, name="", version="")]
+        # our modules check batches there, whatever data module they are given: nothing is overridden by mistake
+        warnings.filterwarnings("ignore", ".*overridden `on_before_batch_transfer`.*")
         kwargs.setdefault("log_every_n_steps", 10)
         kwargs.setdefault("use_distributed_sampler", False)  # our loaders share samples among ranks themselves
         super().__init__(default_root_dir=root, logger=logger, callbacks=callbacks, **kwargs)
@@ -84,7 +87,7 @@ class Trainer(lightning.Trainer):
                 raise ZooError(f"Nothing to resume: {ckpt_path} does not exist. Leave ckpt_path out to start afresh.")
         if ckpt_path is not None and not Path(str(ckpt_path)).exists():
             raise ZooError(f"Checkpoint {ckpt_path} does not exist.")
-        if not self.fast_dev_run:
+        if not getattr(self, "fast_dev_run", False):
             _make_room(self.folder, fresh=ckpt_path is None)
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
@@ -97,14 +100,14 @@ class Trainer(lightning.Trainer):
                 if isinstance(logger, CSVLogger):
                     logger._save_dir = str(folder)
 
-    def validate(self, *args: Any, weights_only: bool | None = True, **kwargs: Any) -> Any:
-        return super().validate(*args, weights_only=weights_only, **kwargs)
+    def validate(self, *args: Any, **kwargs: Any) -> Any:
+        return super().validate(*args, **{"weights_only": True, **kwargs})
 
-    def test(self, *args: Any, weights_only: bool | None = True, **kwargs: Any) -> Any:
-        return super().test(*args, weights_only=weights_only, **kwargs)
+    def test(self, *args: Any, **kwargs: Any) -> Any:
+        return super().test(*args, **{"weights_only": True, **kwargs})
 
-    def predict(self, *args: Any, weights_only: bool | None = True, **kwargs: Any) -> Any:
-        return super().predict(*args, weights_only=weights_only, **kwargs)
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        return super().predict(*args, **{"weights_only": True, **kwargs})
 
 
 @rank_zero_only
@@ -228,7 +231,7 @@ class BestAndLast(ModelCheckpoint):
         return super()._should_skip_saving_checkpoint(trainer)
 
     def _save_last(self, trainer: lightning.Trainer) -> None:
-        if trainer.fast_dev_run:
+        if getattr(trainer, "fast_dev_run", False):
             return
         path = os.path.join(str(self.dirpath), "last.ckpt")
         self.last_model_path = path

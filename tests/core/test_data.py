@@ -1,0 +1,73 @@
+"""The base data module: order, randomness, ranks, errors."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zoo.core import ZooDataModule, ZooError, seed_from
+from zoo.core.datamodule import _Order
+
+from .dummies import LineDataModule, Noisy
+
+
+def values(data: ZooDataModule) -> list[float]:
+    return torch.cat([b["x"][:, 0] for b in data.train_dataloader()]).tolist()
+
+
+def test_order_and_draws_follow_from_seed_and_epoch() -> None:
+    a, b = LineDataModule(seed=3), LineDataModule(seed=3, num_workers=1)
+    first, second = values(a), values(a)
+    assert first != second, "every pass draws anew"
+    assert [first, second] == [values(b), values(b)], "workers change nothing"
+    assert values(LineDataModule(seed=4)) != first
+
+
+def test_evaluation_is_the_same_every_time() -> None:
+    data = LineDataModule()
+    data.setup()
+    passes = [torch.cat([b["x"] for b in data.val_dataloader()]) for _ in range(2)]
+    assert torch.equal(*passes)
+
+
+class FakeTrainer:
+    training = False
+
+    def __init__(self, rank: int, world: int):
+        self.global_rank, self.world_size = rank, world
+
+
+@settings(max_examples=50, deadline=None)
+@given(size=st.integers(1, 40), world=st.integers(1, 5), batch=st.integers(1, 7), shuffle=st.booleans())
+def test_ranks_share_the_samples(size: int, world: int, batch: int, shuffle: bool) -> None:
+    data = LineDataModule()
+    parts = []
+    for rank in range(world):
+        data._epoch = -1
+        order = _Order(Noisy(size), batch, 0, data if shuffle else None, FakeTrainer(rank, world))
+        parts.append([index for index, _ in order])
+        assert len(parts[-1]) == len(order)
+    if shuffle:  # equally many steps on every rank, every sample seen
+        assert len({len(p) for p in parts}) == 1 and {i for p in parts for i in p} == set(range(size))
+    else:  # each sample once and once only
+        assert sorted(i for p in parts for i in p) == list(range(size))
+
+
+def test_seeds_of_neighbours_are_unrelated() -> None:
+    seeds = {seed_from(0, e, i) for e in range(20) for i in range(20)}
+    assert len(seeds) == 400 and all(0 <= s < 2**63 for s in seeds)
+
+
+def test_wrong_roots_and_sizes_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"not a folder.*points\.csv"):
+        LineDataModule(str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"points\.csv is missing: expected the points. Make one."):
+        LineDataModule(str(tmp_path)).setup()
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        LineDataModule(batch_size=0)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        LineDataModule().from_files(tmp_path / "nothing")
+    with pytest.raises(ZooError, match="cannot read"):
+        LineDataModule().from_files(tmp_path)

@@ -1,0 +1,152 @@
+"""Recipes: run, judged both ways, interrupted and gone on with, malformed ones refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zoo.core import ZooError, catalogue, recipe, results
+from zoo.core.catalogue import Entry
+
+FACTS = """
+class = "Line"
+title = "A line"
+authors = ["A. Author"]
+year = 2026
+summary = "Numbers in, a number out."
+datamodule = "LineDataModule"
+fidelity = "paper"
+parameters = {paper = 5}
+# ==== recipes ====
+[recipes.default]
+claim = "training lowers the loss"
+seeds = [0, 1, 2]
+budget = 1
+model = {width = 8}
+data = {batch_size = 11}
+trainer = {max_steps = 30}
+[recipes.default.arms.trained]
+[recipes.default.arms.untrained]
+fit = false
+[recipes.default.arms.again]
+from = "trained"
+[[recipes.default.checks]]
+left = "trained"
+op = "<"
+right = "untrained"
+metric = "test/loss"
+margin = MARGIN
+relative = true
+[[recipes.default.checks]]
+left = "again"
+op = "<"
+right = 1e9
+metric = "test/loss"
+"""
+
+
+@pytest.fixture
+def method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`Line` of dummies.py as a method of the catalogue, with a margin of choice."""
+    from . import dummies
+
+    def install(margin: float, text: str = FACTS) -> None:
+        toml = tmp_path / "line.toml"
+        toml.write_text(text.replace("MARGIN", str(margin)))
+        entry = Entry(toml, dummies.__name__)
+        monkeypatch.setattr(catalogue, "entries", lambda: {"Line": entry})
+        monkeypatch.setattr(catalogue, "datamodules", lambda: {"LineDataModule": dummies.__name__})
+
+    return install
+
+
+def test_a_claim_that_holds(method: Any, tmp_path: Path) -> None:
+    method(0.1)
+    outcome = recipe.reproduce("line", work=tmp_path / "work", accelerator="cpu")
+    assert outcome["holds"] is True and outcome["seeds"] == [0, 1, 2]
+    assert set(outcome["arms"]) == {"trained", "untrained", "again"}
+    assert outcome["arms"]["trained"]["0"]["test/loss"] == outcome["arms"]["again"]["0"]["test/loss"]
+    assert outcome["arms"]["trained"]["0"]["test/loss"] != outcome["arms"]["trained"]["1"]["test/loss"]
+    assert outcome["checks"][0]["left_mean"] < outcome["checks"][0]["right_mean"]
+    assert {"versions", "hardware", "seconds", "files", "recipe"} <= outcome.keys()
+    assert "the claim holds" in recipe.report(outcome)
+
+
+def test_a_claim_that_does_not_hold(method: Any, tmp_path: Path) -> None:
+    method(0.999999)
+    outcome = recipe.reproduce("Line", work=tmp_path / "work", accelerator="cpu")
+    assert outcome["holds"] is False and "cause" in outcome
+    assert "FAILS" in recipe.report(outcome) and "does not hold" in recipe.report(outcome)
+
+
+def test_missing_arms_leave_the_claim_open(method: Any, tmp_path: Path) -> None:
+    method(0.1)
+    outcome = recipe.reproduce("Line", work=tmp_path, accelerator="cpu", arms=["untrained"], seeds=1)
+    assert outcome["holds"] is None and outcome["seeds"] == [0]
+
+
+def test_an_interrupted_run_goes_on(method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method(0.1)
+    real, calls = recipe._run, []
+
+    def stops(name: str, plan: Any, seed: int, *rest: Any) -> Any:
+        calls.append(seed)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(name, plan, seed, *rest)
+
+    monkeypatch.setattr(recipe, "_run", stops)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.reproduce("Line", work=tmp_path, accelerator="cpu", arms=["trained"])
+    recipe.reproduce("Line", work=tmp_path, accelerator="cpu", arms=["trained"])
+    assert calls == [0, 1, 2, 2], "finished seeds are not run again"
+    recipe.reproduce("Line", work=tmp_path, accelerator="cpu", arms=["trained"])
+    assert calls[4:] == [0, 1, 2], "a finished recipe runs anew"
+
+
+def test_processes_share_the_work_without_changing_it(tmp_path: Path) -> None:
+    one = recipe.reproduce("AttentionSVM", work=tmp_path / "1", accelerator="cpu", arms=["W"], seeds=1)
+    two = recipe.reproduce("AttentionSVM", work=tmp_path / "2", accelerator="cpu", arms=["W"], seeds=2, jobs=2)
+    a, b = one["arms"]["W"]["0"], two["arms"]["W"]["0"]
+    assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error"),
+    [
+        ("seeds = [0, 1, 2]", "seeds = [0]", "at least 3 seeds"),
+        ('right = "untrained"', 'right = "nobody"', "names no arm"),
+        ("budget = 1", "bugdet = 1", "'budget' is missing"),
+        ("fit = false", "fitt = false", "unknown key 'fitt'. Did you mean 'fit'"),
+    ],
+)
+def test_malformed_recipes_are_refused(method: Any, old: str, new: str, error: str) -> None:
+    method(0.1, FACTS.replace(old, new))
+    with pytest.raises(ZooError, match=error):
+        recipe.recipe("Line")
+
+
+def test_unknown_recipes_and_metrics_are_named(method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method(0.1, FACTS.replace("test/loss", "test/los"))
+    with pytest.raises(ZooError, match="no recipe 'cora'. It has Line"):
+        recipe.recipe("Line", "cora")
+    with pytest.raises(ZooError, match="Did you mean 'test/loss'"):
+        recipe.reproduce("Line", work=tmp_path, accelerator="cpu", seeds=1)
+
+
+def test_margins() -> None:
+    def judge(op: str, left: float, right: float, margin: float, relative: bool = False) -> bool:
+        check = {"left": "a", "op": op, "right": right, "metric": "m", "margin": margin, "relative": relative}
+        return recipe._judge(check, {"a": {"0": {"m": left - 1}, "1": {"m": left + 1}}})["holds"]
+
+    assert judge(">", 10.3, 10, 0.2) and not judge(">", 10.1, 10, 0.2) and not judge(">", 10, 10, 0)
+    assert judge("<", 9.7, 10, 0.2) and not judge("<", 9.9, 10, 0.2)
+    assert judge(">", 11.1, 10, 0.1, True) and not judge(">", 10.9, 10, 0.1, True)
+    assert judge("<", 8.9, 10, 0.1, True) and not judge("<", 9.1, 10, 0.1, True)
+
+
+def test_records_keep_other_sections(tmp_path: Path) -> None:
+    file = tmp_path / "Line.json"
+    results.record(file, {"name": "Line", "parity": {"figures": {"forward": 1e-7}}})
+    results.record(file, {"holds": True})
+    assert results.read("Line", tmp_path) == {"name": "Line", "parity": {"figures": {"forward": 1e-7}}, "holds": True}
