@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.core import catalogue
+from zoo.core.catalogue import published
 from zoo.core.errors import ZooError, nearest
 
 TRAINING = ("fit", "validate", "test")
@@ -129,9 +130,9 @@ def _info(argv: list[str]) -> None:
     if args.json:
         print(json.dumps({**facts, "recipes": entry.recipes, "results": evidence}, indent=1))
         return
-    print(f"{name}: {facts['title']} ({facts.get('venue', '')} {facts['year']}, arXiv {facts.get('arxiv') or '-'})")
+    print(f"{name}: {facts['title']} ({published(facts)}, arXiv {facts.get('arxiv') or '-'})")
     print(f"  {facts['summary']}")
-    print(f"  from {entry.module.rpartition('.')[0]} import {name}, {facts['datamodule']}")
+    print(f"  from {entry.package} import {name}, {facts['datamodule']}")
     print(f"  authors' code: {facts.get('code') or 'none public'} ({facts.get('code_licence', 'none')})")
     sizes = ", ".join(f"{k} {v:,}" for k, v in facts["parameters"].items())
     print(f"  fidelity: {facts['fidelity']}; parameters: {sizes}")

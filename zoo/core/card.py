@@ -18,7 +18,7 @@ TEMPLATE = """\
 
 {summary}
 
-Method: *{title}*, {authors}, {venue} {year}{arxiv}.
+Method: *{title}*, {authors}, {published}{arxiv}.
 
 ## Use
 
@@ -111,8 +111,7 @@ def model_card(
         summary=facts["summary"],
         title=facts["title"],
         authors=_people(facts["authors"]),
-        venue=facts.get("venue", ""),
-        year=facts["year"],
+        published=catalogue.published(facts),
         arxiv=arxiv,
         snippet=snippet(name, repo_id),
         training=_training(model, dataset, recipe),
@@ -128,8 +127,7 @@ def model_card(
 def snippet(name: str, repo_id: str) -> str:
     """Three lines that load and use a checkpoint."""
     try:
-        package = catalogue.entry(name).module
-        package = ".".join(package.split(".")[:2]) if package.startswith("zoo.") else package
+        package = catalogue.entry(name).package
     except ZooError:
         package = "your_package"
     return f'from {package} import {name}\n\nmodel = {name}.from_pretrained("{repo_id}")'

@@ -36,6 +36,11 @@ class Entry:
     def family(self) -> str:
         return self.module.split(".")[-2]
 
+    @property
+    def package(self) -> str:
+        """Where users import it from: the domain's face, or another package's own module."""
+        return f"zoo.{self.domain}" if self.domain != "extern" else self.module
+
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
         """The part before the marker."""
@@ -52,6 +57,12 @@ class Entry:
             return tomllib.loads(self.toml.read_text(encoding="utf-8")).get("recipes", {})
         except tomllib.TOMLDecodeError as error:
             raise ZooError(f"{self.toml} is not valid TOML: {error}.") from error
+
+
+def published(facts: dict[str, Any]) -> str:
+    """Venue and year, the year once."""
+    venue, year = facts.get("venue", ""), str(facts["year"])
+    return venue if year in venue else f"{venue} {year}".strip()
 
 
 @functools.cache
@@ -106,6 +117,7 @@ def entry(name: str) -> Entry:
     Raises:
         ZooError: for an unknown name, with the nearest known one.
     """
+    name = name.partition(":")[0]  # "Method:Other" is a class beside the method, in its file
     known = entries()
     lower = {key.lower(): key for key in known}
     if name.lower() not in lower:
@@ -119,13 +131,13 @@ def facts(name: str) -> dict[str, Any]:
 
 
 def load_class(name: str) -> Any:
-    """Import a method's class.
+    """Import a method's class; ``Method:Other`` is a class beside it, in its file (an arm of a recipe).
 
     Raises:
         ZooError: for an unknown name.
     """
     found = entry(name)
-    return getattr(importlib.import_module(found.module), found.facts["class"])
+    return getattr(importlib.import_module(found.module), name.partition(":")[2] or found.facts["class"])
 
 
 def load_datamodule(name: str) -> Any:

@@ -224,7 +224,6 @@ def convert(name: str, checkpoint: Path, out: Path) -> Path:
 def publish(folder: Path, repo_id: str, private: bool = False) -> str:
     """Check a checkpoint's folder (loads, runs, complete card), upload it in one commit, return the revision."""
     from huggingface_hub import HfApi, ModelCard
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     from zoo.core.card import SECTIONS
 
@@ -251,8 +250,9 @@ def publish(folder: Path, repo_id: str, private: bool = False) -> str:
             ignore_patterns=[".*"],  # what a killed save left behind
             commit_message=f"{config['class']}: {data.model_name or folder.name}",
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ZooError(f"Uploading to {repo_id} failed: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # the client lets its HTTP library's own errors through
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ZooError(f"Uploading to {repo_id} failed: {text}") from error
     return f"{repo_id}@{done.oid}"
 
 

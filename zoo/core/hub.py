@@ -4,8 +4,9 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,9 +94,7 @@ def snapshot(
     # transformers and friends would also fetch pickles: only these patterns ever leave the server
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
-        EntryNotFoundError,
         GatedRepoError,
-        HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -129,17 +128,18 @@ def snapshot(
         raise ZooError(
             f"{where} is not in the cache, and the Hub cannot be reached (or offline mode is on)."
         ) from error
-    except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:
-        raise ZooError(
-            f"Fetching {where} failed: {str(error).splitlines()[0]}. Try again: what has come is kept."
-        ) from error
+    except Exception as error:  # the client lets its HTTP library's own errors through
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ZooError(f"Fetching {where} failed: {text}. Try again: what has come is kept.") from error
     if not (path / WEIGHTS).exists() and not local_files_only:
-        others = [f for f in HfApi(token=token).list_repo_files(repo, revision=revision) if _is_pickle(f)]
+        others = []
+        with contextlib.suppress(Exception):  # offline: `read` says what is missing
+            others = [f for f in HfApi(token=token).list_repo_files(repo, revision=revision) if _is_pickle(f)]
         if others:
             raise ZooError(
                 f"{where} offers only {', '.join(others[:2])}: a pickle, which could run code. Only safetensors load."
             )
-    _verify(path, where)
+    _verify(path, where, lambda: HfApi(token=token).list_repo_tree(repo, recursive=True, revision=path.name))
     return path
 
 
@@ -147,29 +147,36 @@ def _is_pickle(name: str) -> bool:
     return name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"))
 
 
-def _verify(folder: Path, where: str) -> None:
+def _verify(folder: Path, where: str, tree: Callable[[], Iterable[Any]]) -> None:
     """Compare each file with the checksum that the Hub gave: the client itself compares sizes only.
 
-    The cache names a file after it: sha256 for large files, git's sha1 for small ones.
+    It is sha256 for large files and git's sha1 for small ones. The cache names the file that a link in ``folder``
+    points to after it; where the cache cannot make links, ``tree`` asks the Hub.
 
     Raises:
         ZooError: naming the first file that differs; it is dropped from the cache, so that the next try fetches it.
     """
-    for link in sorted(folder.rglob("*")):
-        blob = link.resolve()
-        if not blob.is_file() or blob.parent.name != "blobs":
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    sums = {file: Path(os.readlink(file)).name for file in files if file.is_symlink()}
+    if len(sums) < len(files):
+        with contextlib.suppress(Exception):  # offline: these were compared when they came
+            for entry in tree():
+                if hasattr(entry, "blob_id"):
+                    sums.setdefault(folder / entry.path, entry.lfs.sha256 if entry.lfs else entry.blob_id)
+    for file in files:
+        expected = sums.get(file, "")
+        if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", expected):
             continue
-        expected = blob.name
-        size = blob.stat().st_size
-        digest = hashlib.sha256() if len(expected) == 64 else hashlib.sha1(b"blob %d\0" % size)
-        with open(blob, "rb") as stream:
+        digest = hashlib.sha256() if len(expected) == 64 else hashlib.sha1(b"blob %d\0" % file.stat().st_size)
+        with open(file, "rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
         if digest.hexdigest() != expected:
-            blob.unlink()
-            link.unlink(missing_ok=True)
+            blobs = [file.resolve(), *([file.parent / os.readlink(file)] if file.is_symlink() else []), file]
+            for path in blobs:
+                path.unlink(missing_ok=True)
             raise ZooError(
-                f"{where}: {link.name} was damaged on its way (checksum differs) and is dropped. Load it again."
+                f"{where}: {file.name} was damaged on its way (checksum differs) and is dropped. Load it again."
             )
 
 
@@ -190,7 +197,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         version, name, values = config["format_version"], config["class"], config["hyperparameters"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ZooError(f"{path} is not a config of the zoo ({type(error).__name__}: {error}).") from error
-    if not isinstance(version, int) or version < 1 or not isinstance(name, str) or not isinstance(values, dict):
+    if type(version) is not int or version < 1 or not isinstance(name, str) or not isinstance(values, dict):
         raise ZooError(
             f"{path} is not a config of the zoo: format_version, class or hyperparameters are of a wrong type."
         )

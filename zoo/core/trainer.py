@@ -145,6 +145,8 @@ class BestAndLast(ModelCheckpoint):
 
     SAVE_EVERY = 600.0
     """Seconds between saves of ``last.ckpt`` within a long epoch."""
+    SAVE_AGAIN = 5.0
+    """Seconds that validations must lie apart for each to save ``last.ckpt``: an epoch may take milliseconds."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -176,7 +178,9 @@ class BestAndLast(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         if not trainer.enable_validation:
             self.monitor = None
-        self._saved_at = time.monotonic()
+        self._saved_at = (
+            -float("inf") if not os.path.exists(os.path.join(str(self.dirpath), "last.ckpt")) else time.monotonic()
+        )
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._interrupt)
 
@@ -190,23 +194,29 @@ class BestAndLast(ModelCheckpoint):
         super().on_train_batch_end(trainer, pl_module, *args)
         # the very last step of `max_steps`: what follows would count the broken-off epoch as done
         final = trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps
-        due = time.monotonic() - self._saved_at > self.SAVE_EVERY
-        if trainer.world_size > 1:
-            due = trainer.strategy.broadcast(due)
-        if self._interrupted or final or due:
+        if self._interrupted or final or self._due(trainer, self.SAVE_EVERY):
             self._save_last(trainer)
         if self._interrupted:
             raise KeyboardInterrupt
 
+    def _due(self, trainer: lightning.Trainer, gap: float) -> bool:
+        due = time.monotonic() - self._saved_at > gap
+        return bool(trainer.strategy.broadcast(due)) if trainer.world_size > 1 else due
+
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        limits = (trainer.current_epoch + 1, trainer.max_epochs), (trainer.global_step, trainer.max_steps)
+        final = trainer.should_stop or any(limit is not None and 0 < limit <= now for now, limit in limits)
+        if final or self._due(trainer, self.SAVE_AGAIN):
             self._save_last(trainer)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         final = trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps
-        if not trainer.enable_validation and not final:
+        ending = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        if not trainer.enable_validation and not final and (ending or self._due(trainer, self.SAVE_AGAIN)):
             self._save_last(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
