@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from zoo.core import catalogue, hub
-from zoo.core.errors import ZooError
+from zoo.core.errors import ZooError, nearest
 from zoo.core.files import atomic_write
 
 log = logging.getLogger(__name__)
@@ -22,6 +22,7 @@ def quiet() -> None:
     logging.getLogger("zoo").setLevel(logging.INFO)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
@@ -96,13 +97,17 @@ def train(verb: str, name: str, argv: list[str]) -> int:
             given = _plain(self.config.get("model", Namespace()))
             chosen = {k: v for k, v in given.items() if v != signature[k].default or k in defaults}
             self.model = self.build(chosen)
+            # callbacks and loggers by class path; model and data stand already
+            self.config_init = self.parser.instantiate_classes(self.config, instantiate_groups=False)
             self.trainer = self.instantiate_trainer()
 
         def build(self, chosen: dict[str, Any]) -> Any:
             if self.config["from"] and verb == "fit":
                 plain = {k: v for k, v in chosen.items() if k not in defaults or v != defaults[k]}
                 return cls.from_pretrained(self.config["from"], **plain)
-            if verb != "fit" and self.config["ckpt_path"]:
+            if verb != "fit":
+                if not self.config["ckpt_path"]:
+                    raise ZooError(f"zoo {verb} needs --ckpt_path: a .ckpt file, a folder or a repository.")
                 return open_checkpoint(cls, self.config["ckpt_path"])
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
@@ -124,7 +129,7 @@ def train(verb: str, name: str, argv: list[str]) -> int:
             parser_kwargs={"exit_on_error": False, "prog": f"zoo {verb} {name}"},
         )
     except ArgumentError as error:
-        raise ZooError(_short(str(error), name, verb)) from error
+        raise ZooError(_short(str(error), name, verb, [cls, data_cls, Trainer])) from error
     trainer, model, data = command.trainer, command.model, command.datamodule
     if verb == "fit":
         trainer.fit(model, datamodule=data, ckpt_path=command.config["ckpt_path"])
@@ -132,8 +137,6 @@ def train(verb: str, name: str, argv: list[str]) -> int:
         if best:
             print(f"best checkpoint: {best}")
         return 0
-    if not command.config["ckpt_path"]:
-        raise ZooError(f"zoo {verb} needs --ckpt_path: a .ckpt file, a folder or a repository.")
     getattr(trainer, verb)(model, datamodule=data)
     return 0
 
@@ -158,9 +161,16 @@ def _plain(config: Any) -> dict[str, Any]:
     return config.as_dict() if hasattr(config, "as_dict") else dict(config)
 
 
-def _short(text: str, name: str, verb: str) -> str:
+def _short(text: str, name: str, verb: str, classes: list[Any]) -> str:
+    """jsonargparse's complaint in one line, with the nearest option for an unknown one."""
     lines = [line.strip(" -") for line in text.splitlines() if line.strip()]
-    return f"{' '.join(lines[:3])} See: zoo {verb} {name} --help"
+    hint = ""
+    if "unrecognized arguments: --" in lines[0]:
+        given = lines[0].partition("--")[2].split()[0].partition("=")[0]
+        groups = zip(("model", "data", "trainer"), classes, strict=True)
+        options = [f"{group}.{key}" for group, cls in groups for key in inspect.signature(cls).parameters]
+        hint = nearest(given, options)
+    return f"{' '.join(lines[:3])}.{hint} See: zoo {verb} {name} --help"
 
 
 # ---- predict -----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """`ZooDataModule`: where data comes from, in which order, and how a user's own files go in and come out."""
 
+import inspect
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -81,6 +82,12 @@ class ZooDataModule(lightning.LightningDataModule):
         return (named[0].split("root=DIR")[1].lstrip(": ") if named else "the layout in its docstring.").rstrip(
             "."
         ) + "."
+
+    def save_hyperparameters(self, *args: Any, ignore: Any = None, frame: Any = None, logger: bool = False) -> None:
+        """As in lightning, but not logged: lightning refuses a name that the model has too, with another value."""
+        current = inspect.currentframe()
+        frame = frame or (current.f_back if current else None)
+        super().save_hyperparameters(*args, ignore=ignore, frame=frame, logger=logger)
 
     # ---- what a subclass writes ---------------------------------------------------------------------------------
 

@@ -255,7 +255,11 @@ def read(cls: type[M], folder: Path, overrides: dict[str, Any]) -> M:
     if not external:
         with _at_most(4 * len(shapes) + 64), torch.device("meta"):
             plan = _construct(cls, values, folder)
-        fresh = refuse_difference(name, plan.state_dict(), shapes, head=head)
+        kept = plan.state_dict()
+        refuse_difference(name, kept, shapes, head=head)
+        tables = sum(b.nbytes for key, b in plan.named_buffers() if key not in kept)
+        if tables > 2**30 + 64 * weights.stat().st_size:
+            raise ZooError(f"{folder / CONFIG} asks for {tables / 2**30:.0f} GiB beside the weights. Is it damaged?")
     model = _construct(cls, values, folder)
     own = model.state_dict()
     absent = own.keys() - model.saved_state_dict().keys()
@@ -290,17 +294,25 @@ def _construct(cls: Any, values: dict[str, Any], folder: Path) -> Any:
 
 @contextlib.contextmanager
 def _at_most(count: int) -> Iterator[None]:
-    """Stop a construction that registers more parameters than the weights could fill (depth = 10**9)."""
-    left = count
+    """Stop a construction that registers more than the weights could fill (depth = 10**9)."""
+    left = {"parameters": count, "buffers": 10 * count, "modules": 10 * count}
 
-    def step(*_: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise ZooError(f"the config asks for more than {count} parameters, far more than the weights hold.")
+    def counter(kind: str) -> Callable[..., None]:
+        def step(*_: Any) -> None:
+            left[kind] -= 1
+            if left[kind] < 0:
+                raise ZooError(f"The config asks for far more {kind} than the weights hold. Is it damaged?")
 
-    handle = torch.nn.modules.module.register_module_parameter_registration_hook(step)
+        return step
+
+    registries = torch.nn.modules.module
+    handles = [
+        registries.register_module_parameter_registration_hook(counter("parameters")),
+        registries.register_module_buffer_registration_hook(counter("buffers")),
+        registries.register_module_module_registration_hook(counter("modules")),
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

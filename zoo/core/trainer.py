@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import lightning
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -42,8 +43,8 @@ class Trainer(lightning.Trainer):
         self,
         default_root_dir: str | Path | None = None,
         seed: int | None = None,
-        logger: Any = True,
-        callbacks: Any = None,
+        logger: Logger | Iterable[Logger] | bool | None = True,
+        callbacks: list[Callback] | Callback | None = None,
         **kwargs: Any,
     ) -> None:
         self._named = default_root_dir is not None
