@@ -206,10 +206,7 @@ def predict(
             batch = model.on_before_batch_transfer(batch, 0)
             yield model.predict_step(model.transfer_batch_to_device(batch, model.device, 0), index)
 
-    written = data.write(results(), Path(target))
-    for path, reason in data.skipped:
-        log.warning("left out: %s (%s)", path, reason)
-    return written
+    return data.write(results(), Path(target))
 
 
 # ---- convert, publish, export ------------------------------------------------------------------------------------
