@@ -1,10 +1,11 @@
-"""Unpack the archives of real datasets into their public layouts: `python tests/unpack.py ARCHIVES $ZOO_DATA [SET ...]`.
+"""Unpack archives of real datasets into their public layouts: `python tests/unpack.py ARCHIVES $ZOO_DATA [SET ...]`.
 
 ARCHIVES is the folder that holds planetoid/, recsys/, restoration/ and so on. Each ``tests/unpack_<group>.py`` has
 functions ``unpack_<set>(source, target)``; a set that is there already is left alone.
 """
 
 import importlib
+import shutil
 import sys
 from pathlib import Path
 
@@ -30,14 +31,17 @@ def main(argv: list[str]) -> int:
             if not source.is_dir():
                 print(f"{label}: {source} is missing, left out")
                 continue
-            if (target / label).is_dir() and any((target / label).iterdir()):
-                print(f"{label}: is there already")
-                continue
             part = target / f".{label}.part"
-            part.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
             call(source, part)
-            part.rename(target / label)
-            print(f"{label}: {target / label}")
+            # a function named after its group makes all the group's sets, one folder each
+            for made in sorted(part.iterdir()) if label == group and label != "text" else [part]:
+                place = target / (label if made == part else made.name)
+                if not place.exists():
+                    made.rename(place)
+                print(place)
+            shutil.rmtree(part, ignore_errors=True)
     return 0
 
 
