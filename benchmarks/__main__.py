@@ -6,6 +6,7 @@
     python -m benchmarks steps [NAME ...]              train step and inference of the tiny variants, eager and compiled
     python -m benchmarks speed NAME [--authors DIR]    beside the authors' code (or a peer) -> results/NAME.json
     python -m benchmarks parity NAME --authors DIR     equality with the authors' code -> results/NAME.json
+    python -m benchmarks checkpoint NAME PATH          train the catalogue's checkpoint PATH by its recipe -> hub/PATH
 
 ``--json FILE`` writes the figures with versions and hardware; ``--device cuda`` measures there.
 """
@@ -193,12 +194,54 @@ def parity(args: argparse.Namespace) -> None:
     _section(args, "parity", figures, authors=entry.facts["code"], authors_commit=_commit(args.authors))
 
 
+def checkpoint(args: argparse.Namespace) -> dict[str, Any]:
+    """Train a recipe's arm as the catalogue's checkpoint says; replace the folder only by better figures."""
+    import shutil
+
+    from zoo.core import recipe
+
+    entry = catalogue.entry(args.name)
+    name = entry.facts["class"]
+    points = {p["path"]: p for p in entry.facts.get("checkpoints", [])}
+    if args.path not in points:
+        raise ZooError(f"{name} lists no checkpoint {args.path!r}; it lists {', '.join(points) or 'none'}.")
+    point = points[args.path]
+    dataset, arm, seed = point["recipe"], point["arm"], point.get("seed", 0)
+    table = recipe.recipe(name, dataset)
+    root = None if table.get("embedded", dataset == "default") else recipe._root(dataset, args.root)
+    plan = recipe._plan(table, arm, root)
+    folder = Path("runs/checkpoints") / args.path
+    metrics = recipe._run(name, plan, seed, folder, None, args.device, True)
+    figures = {k: v for k, v in metrics.items() if k.startswith("test/")}
+    last = folder / "checkpoints" / f"{plan.get('evaluate', 'best')}.ckpt"
+    from zoo.core.command import open_checkpoint
+
+    model = open_checkpoint(catalogue.load_class(name), last)
+    label = name if dataset == "default" else f"{name}@{dataset}"
+    place = catalogue.ROOT.parent / "hub" / args.path
+    part = place.with_name(f".{args.path}")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(
+        part,
+        repo_id=f"paper-zoo/{args.path}",
+        metrics=figures,
+        dataset=point.get("dataset", "the embedded set"),
+        recipe=f"zoo reproduce {label} --arms {arm} --seeds 1",
+        limits=point.get("limits"),
+    )
+    if sum(f.stat().st_size for f in part.iterdir()) > 12 * 2**20:
+        raise ZooError(f"{part} is larger than 12 MB.")
+    shutil.rmtree(place, ignore_errors=True)
+    part.rename(place)
+    return {"path": str(place), **figures}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for call in (imports, load, data, steps, speed, parity):
+    for call in (imports, load, data, steps, speed, parity, checkpoint):
         sub = verbs.add_parser(call.__name__)
         sub.set_defaults(call=call)
         sub.add_argument("--device", default="cpu")
@@ -207,6 +250,10 @@ def main() -> None:
             sub.add_argument("name")
             sub.add_argument("--authors", required=call is parity, help="checkout of the authors' repository")
             sub.add_argument("--golden", action="store_true", help="also write tests/golden/<method>.safetensors")
+        if call is checkpoint:
+            sub.add_argument("name")
+            sub.add_argument("path", help="the folder's name under hub/")
+            sub.add_argument("--root", help="folder of the dataset")
         if call is steps:
             sub.add_argument("names", nargs="*")
             sub.add_argument("--compile", action="store_true")

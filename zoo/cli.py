@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ZooError(f"No verb {verb!r}.{nearest(verb, [*VERBS, *TRAINING])} `zoo --help` shows all.")
         return VERBS[verb](rest) or 0
     except SystemExit as error:
+        if type(error).__name__ == "SIGTERMException":  # lightning's, after it has saved: the training is not done
+            return 143
         return error.code if isinstance(error.code, int) else 1 if error.code else 0
     except BrokenPipeError:
         return 0

@@ -72,6 +72,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
 
 def train(verb: str, name: str, argv: list[str]) -> int:
     """Run fit, validate or test through LightningCLI."""
+    import lightning
     from jsonargparse import ArgumentError, Namespace
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -126,10 +127,10 @@ def train(verb: str, name: str, argv: list[str]) -> int:
             run=False,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"exit_on_error": False, "prog": f"zoo {verb} {name}"},
+            parser_kwargs={"exit_on_error": False, "prog": f"zoo {verb} {name}", "allow_abbrev": False},
         )
     except ArgumentError as error:
-        raise ZooError(_short(str(error), name, verb, [cls, data_cls, Trainer])) from error
+        raise ZooError(_short(str(error), name, verb, [cls, data_cls, Trainer, lightning.Trainer])) from error
     trainer, model, data = command.trainer, command.model, command.datamodule
     if verb == "fit":
         trainer.fit(model, datamodule=data, ckpt_path=command.config["ckpt_path"])
@@ -167,7 +168,7 @@ def _short(text: str, name: str, verb: str, classes: list[Any]) -> str:
     hint = ""
     if "unrecognized arguments: --" in lines[0]:
         given = lines[0].partition("--")[2].split()[0].partition("=")[0]
-        groups = zip(("model", "data", "trainer"), classes, strict=True)
+        groups = zip(("model", "data", "trainer", "trainer"), classes, strict=True)
         options = [f"{group}.{key}" for group, cls in groups for key in inspect.signature(cls).parameters]
         hint = nearest(given, options)
     return f"{' '.join(lines[:3])}.{hint} See: zoo {verb} {name} --help"

@@ -86,6 +86,8 @@ def snapshot(
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
+        if revision:
+            raise ZooError(f"{name} is a folder here and has no revision {revision!r}. Leave `revision` out.")
         return folder
     repo, _, pinned = str(name).partition("@")
     revision = revision or pinned or None

@@ -222,7 +222,12 @@ def _run(
     cls = catalogue.load_class(plan.get("class", name))
     data_cls = catalogue.load_datamodule(plan.get("datamodule") or plan.get("class", name))
     if plan.get("prepare"):
-        prepared = _prepare(plan["prepare"], seed, folder.parent)
+        place = str(plan.get("data", {}).get("root"))  # "{root}" lets a stage read the same set
+        args = {
+            k: v.replace("{root}", place) if isinstance(v, str) else v
+            for k, v in plan["prepare"].get("args", {}).items()
+        }
+        prepared = _prepare({**plan["prepare"], "args": args}, seed, folder.parent)
         plan = {**plan, **{k: _fill(plan.get(k, {}), prepared) for k in ("model", "data")}}
     arguments = dict(plan.get("data", {}))
     if "seed" in inspect.signature(data_cls).parameters:

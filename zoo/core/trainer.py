@@ -1,5 +1,6 @@
 """`Trainer`: lightning's, with the defaults a user of the zoo would pick and no new methods."""
 
+import io
 import logging
 import os
 import random
@@ -16,10 +17,12 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from zoo.core.errors import ZooError
+from zoo.core.files import atomic_write
 from zoo.core.seeding import seed_from
 
 log = logging.getLogger(__name__)
@@ -60,6 +63,8 @@ class Trainer(lightning.Trainer):
         kwargs.setdefault("log_every_n_steps", 10)
         kwargs.setdefault("use_distributed_sampler", False)  # our loaders share samples among ranks themselves
         super().__init__(default_root_dir=root, logger=logger, callbacks=callbacks, **kwargs)
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # neither the user's own nor an accelerator's
+            self.strategy.checkpoint_io = WholeCheckpoints()
 
     @property
     def folder(self) -> Path:
@@ -88,6 +93,8 @@ class Trainer(lightning.Trainer):
                 raise ZooError(f"Nothing to resume: {ckpt_path} does not exist. Leave ckpt_path out to start afresh.")
         if ckpt_path is not None and not Path(str(ckpt_path)).exists():
             raise ZooError(f"Checkpoint {ckpt_path} does not exist.")
+        if ckpt_path is not None and weights_only and Path(ckpt_path).is_file():
+            _check_run(Path(ckpt_path))
         if not getattr(self, "fast_dev_run", False):
             _make_room(self.folder, fresh=ckpt_path is None)
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
@@ -109,6 +116,37 @@ class Trainer(lightning.Trainer):
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         return super().predict(*args, **{"weights_only": True, **kwargs})
+
+
+def _check_run(path: Path) -> None:
+    """Refuse a file that training cannot go on from, before anything is moved or begun; the tensors stay on disk.
+
+    Raises:
+        ZooError: naming the file.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ZooError(f"{path} cannot be read as a checkpoint: {text[:200]}") from error
+    if not isinstance(content, dict) or not {"state_dict", "loops", "optimizer_states"} <= content.keys():
+        raise ZooError(f"{path} holds no run to go on with. To start from its weights, give a folder to `--from`.")
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it.
+
+    Lightning's own moves it there from the system's temporary folder: from another disk that is a copy, which a kill or
+    a full disk breaks off half-way, and the checkpoint before it is lost.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if storage_options is not None or "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        buffer = io.BytesIO()  # written straight to a full disk, torch.save would hide the system's error
+        torch.save(checkpoint, buffer)
+        with atomic_write(path) as part:
+            part.write_bytes(buffer.getbuffer())
 
 
 @rank_zero_only

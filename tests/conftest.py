@@ -1,0 +1,268 @@
+"""What all tests share: a Hub on loopback instead of the internet, no network, and where real data lies.
+
+The environment is set here, before anything imports huggingface_hub: the client reads it once.
+"""
+
+import importlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+for _threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_threads, "1")
+# Lightning's progress bars and tips would drown what a failing test prints.
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+assert "huggingface_hub" not in sys.modules, "a plugin imported huggingface_hub before this file could set it up"
+
+import pytest  # noqa: E402
+
+from zoo.testing import LoopbackHub  # noqa: E402
+
+_home = tempfile.TemporaryDirectory(prefix="zoo-tests-")  # removed at exit
+_server = LoopbackHub().start()
+os.environ.update(_server.environ(_home.name))
+for _name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+    os.environ.pop(_name, None)
+
+
+# ---- no network ------------------------------------------------------------------------------------------------------
+
+
+class NetworkBlocked(RuntimeError):
+    """A test tried to leave this machine. Not an OSError: clients take those for an offline mode and go on."""
+
+
+_blocked: list[str] = []
+_local_names = {"localhost", "localhost.localdomain", "ip6-localhost", socket.gethostname()}
+
+
+def _refuse(host: str) -> None:
+    _blocked.append(host)
+    raise NetworkBlocked(
+        f"This test tries to reach {host!r}. Tests use no network: serve what is needed from the `hub` fixture "
+        "(loopback), or build it from a small config with random weights."
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    return host.startswith("127.") or host in ("::1", "::ffff:127.0.0.1", "") or host in _local_names
+
+
+def _guarded(connect: Callable[..., Any]) -> Callable[..., Any]:
+    def guard(self: socket.socket, address: Any) -> Any:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not _is_loopback(str(address[0])):
+            _refuse(str(address[0]))
+        return connect(self, address)
+
+    return guard
+
+
+def _guarded_lookup(lookup: Callable[..., Any]) -> Callable[..., Any]:
+    def guard(host: Any, *args: Any, **kwargs: Any) -> Any:
+        name = host.decode() if isinstance(host, bytes) else host
+        numeric = name is None or ":" in name or name.replace(".", "").isdigit()  # an address: `connect` decides
+        if not numeric and not _is_loopback(name):
+            _refuse(name)
+        return lookup(host, *args, **kwargs)
+
+    return guard
+
+
+socket.socket.connect = _guarded(socket.socket.connect)  # type: ignore[method-assign]
+socket.socket.connect_ex = _guarded(socket.socket.connect_ex)  # type: ignore[method-assign]
+socket.getaddrinfo = _guarded_lookup(socket.getaddrinfo)
+
+
+@pytest.fixture(autouse=True)
+def no_network() -> Iterator[list[str]]:
+    """Fails a test that tried to leave this machine, also where the code under test swallowed the refusal."""
+    _blocked.clear()
+    yield _blocked
+    if _blocked:
+        hosts = ", ".join(sorted(set(_blocked)))
+        _blocked.clear()
+        pytest.fail(f"This test tried to reach {hosts}; tests use no network.")
+
+
+# ---- the Hub ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hf_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty client cache for this test and the processes it starts."""
+    from huggingface_hub import constants
+
+    home = tmp_path / "hf"
+    for name, value in _server.environ(home).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(constants, "HF_HOME", str(home))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    return home
+
+
+@pytest.fixture
+def hub(hf_home: Path) -> Iterator[LoopbackHub]:
+    """The Hub that the client of this process talks to, empty and without faults, with an empty client cache."""
+    _server.clear()
+    yield _server
+    _server.clear()
+
+
+# ---- a method of another package -------------------------------------------------------------------------------------
+
+EXTERN = Path(__file__).parent / "extern"
+
+
+@pytest.fixture
+def extern(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Registers `zoo_dummy` through the entry point for one test, here and in the processes that the test starts."""
+    from zoo.core import catalogue
+
+    site = tmp_path_factory.mktemp("site")
+    info = site / "zoo_dummy-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: zoo-dummy\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[zoo.methods]\nAffine = zoo_dummy.affine:Affine\n")
+    for path in (EXTERN, site):
+        monkeypatch.syspath_prepend(path)
+    python = os.pathsep.join([str(site), str(EXTERN), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", python.rstrip(os.pathsep))
+    catalogue.entries.cache_clear()
+    catalogue.datamodules.cache_clear()
+    yield EXTERN / "zoo_dummy"
+    monkeypatch.undo()
+    catalogue.entries.cache_clear()
+    catalogue.datamodules.cache_clear()
+
+
+@pytest.fixture
+def Affine(extern: Path) -> Any:
+    """The class of `zoo_dummy`."""
+    return importlib.import_module("zoo_dummy.affine").Affine
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs code in a process of its own, with this test's environment and more."""
+
+    def run(code: str, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            env={**os.environ, **environ},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return run
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+# ---- data and markers ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def zoo_data() -> Callable[[str], Path]:
+    """``zoo_data("cora")``: the folder of a real dataset under ``$ZOO_DATA``; skips the test where it is missing."""
+
+    def find(name: str) -> Path:
+        root = os.environ.get("ZOO_DATA")
+        if not root:
+            pytest.skip(f"needs the real data set {name!r}: ZOO_DATA is not set")
+        folder = Path(root).expanduser() / name
+        if not folder.is_dir() or not any(folder.iterdir()):
+            pytest.skip(f"needs the real data set {name!r}: {folder} is missing or empty")
+        return folder
+
+    return find
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The markers of pyproject.toml, for a run with another configuration file."""
+    known = {line.partition(":")[0] for line in config.getini("markers")}
+    for name, meaning in (("slow", "the second tier; run with -m slow"), ("gpu", "needs an accelerator")):
+        if name not in known:
+            config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none; leave out methods that are not this run's turn."""
+    if config.getoption("--second-tier") == "changed":
+        chosen = _chosen(config.getoption("--since"))
+        for item in items:
+            name = getattr(getattr(item, "callspec", None), "params", {}).get("name")
+            if item.get_closest_marker("slow") and isinstance(name, str) and name[:1].isupper() and name not in chosen:
+                item.add_marker(pytest.mark.skip(reason="not this run's turn in the second tier"))
+    needy = [item for item in items if item.get_closest_marker("gpu")]
+    if needy:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in needy:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+# ---- which methods the second tier runs on ---------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--second-tier",
+        choices=("all", "changed"),
+        default="all",
+        help="slow tests of all methods, or of those whose files changed since --since and a tenth of the others",
+    )
+    parser.addoption("--since", default="HEAD~1", help="the commit that `--second-tier=changed` compares with")
+
+
+REFERENCE = {"Regformer", "LAGNN", "NESCL", "GlocalIB", "AttentionSVM", "HRP", "LocalPrompt"}
+"""Seven methods of seven shapes: what a change to the base is tried on."""
+
+
+def _chosen(since: str) -> set[str]:
+    """Methods for the second tier: changed ones, the reference ones after a change to shared code, a tenth in turn."""
+    import subprocess
+    import time
+
+    from zoo.core import catalogue
+
+    root = Path(__file__).resolve().parent.parent
+    diff = subprocess.run(["git", "diff", "--name-only", since], cwd=root, capture_output=True, text=True)
+    changed = diff.stdout.split() if diff.returncode == 0 else None
+    names = catalogue.names()
+    if changed is None:  # no history to compare with: a fresh clone's first commit, an unpacked archive
+        return set(names)
+    turn = int(time.time() // 86_400) % 10
+    chosen = set(names[turn::10])
+    if any(path.startswith(("zoo/core/", "zoo/nn/", "zoo/testing/")) for path in changed):
+        chosen |= REFERENCE & set(names)
+    for name in names:
+        toml = catalogue.entry(name).toml
+        folder = str(toml.parent.relative_to(root)) if toml.is_relative_to(root) else None
+        if folder and any(path.startswith(f"{folder}/{toml.stem}.") or f"{folder}/data_" in path for path in changed):
+            chosen.add(name)
+    return chosen
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_report_header(config: pytest.Config) -> str | None:
+    if config.getoption("--second-tier") == "changed":
+        return f"second tier: {', '.join(sorted(_chosen(config.getoption('--since'))))}"
+    return None
