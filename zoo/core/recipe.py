@@ -173,6 +173,8 @@ def _plan(table: dict[str, Any], arm: str, root: str | None) -> dict[str, Any]:
     plan = _merge(plan, table["arms"][arm])
     if root is not None:
         plan["data"] = {"root": root, **plan.get("data", {})}
+        if plan.get("prepare"):  # "{root}" lets a stage read the same set
+            plan["prepare"] = _fill(plan["prepare"], "{root}", root)
     return plan
 
 
@@ -222,13 +224,8 @@ def _run(
     cls = catalogue.load_class(plan.get("class", name))
     data_cls = catalogue.load_datamodule(plan.get("datamodule") or plan.get("class", name))
     if plan.get("prepare"):
-        place = str(plan.get("data", {}).get("root"))  # "{root}" lets a stage read the same set
-        args = {
-            k: v.replace("{root}", place) if isinstance(v, str) else v
-            for k, v in plan["prepare"].get("args", {}).items()
-        }
-        prepared = _prepare({**plan["prepare"], "args": args}, seed, folder.parent)
-        plan = {**plan, **{k: _fill(plan.get(k, {}), prepared) for k in ("model", "data")}}
+        prepared = _prepare(plan["prepare"], seed, folder.parent)
+        plan = {**plan, **{k: _fill(plan.get(k, {}), "{prepare}", prepared) for k in ("model", "data")}}
     arguments = dict(plan.get("data", {}))
     if "seed" in inspect.signature(data_cls).parameters:
         arguments.setdefault("seed", seed)
@@ -290,10 +287,10 @@ def _numbers(metrics: Any) -> dict[str, float]:
     return {k: float(v) for k, v in metrics.items()}
 
 
-def _fill(value: Any, prepared: Path) -> Any:
+def _fill(value: Any, key: str, replacement: object) -> Any:
     if isinstance(value, dict):
-        return {k: _fill(v, prepared) for k, v in value.items()}
-    return value.replace("{prepare}", str(prepared)) if isinstance(value, str) else value
+        return {k: _fill(v, key, replacement) for k, v in value.items()}
+    return value.replace(key, str(replacement)) if isinstance(value, str) else value
 
 
 def _prepare(stage: dict[str, Any], seed: int, base: Path) -> Path:
