@@ -104,11 +104,15 @@ def test_an_interrupted_run_goes_on(method: Any, tmp_path: Path, monkeypatch: py
     assert calls[4:] == [0, 1, 2], "a finished recipe runs anew"
 
 
-def test_processes_share_the_work_without_changing_it(tmp_path: Path) -> None:
-    one = recipe.reproduce("AttentionSVM", work=tmp_path / "1", accelerator="cpu", arms=["W"], seeds=1)
-    two = recipe.reproduce("AttentionSVM", work=tmp_path / "2", accelerator="cpu", arms=["W"], seeds=2, jobs=2)
-    a, b = one["arms"]["W"]["0"], two["arms"]["W"]["0"]
-    assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+def test_processes_share_the_work_without_changing_it(extern: Path, tmp_path: Path) -> None:
+    one = recipe.reproduce("Affine", work=tmp_path / "1", accelerator="cpu")
+    two = recipe.reproduce("Affine", work=tmp_path / "2", accelerator="cpu", jobs=2)
+    for arm, seeds in one["arms"].items():
+        for seed, metrics in seeds.items():
+            other = two["arms"][arm][seed]
+            assert {k: v for k, v in metrics.items() if k != "seconds"} == {
+                k: v for k, v in other.items() if k != "seconds"
+            }
 
 
 @pytest.mark.parametrize(
