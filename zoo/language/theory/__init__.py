@@ -1,0 +1,1 @@
+"""Methods that study how attention learns, on problems small enough to be solved exactly."""
