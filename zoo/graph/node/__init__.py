@@ -1,0 +1,1 @@
+"""Methods for the nodes of one graph."""
