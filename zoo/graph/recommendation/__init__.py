@@ -1,0 +1,1 @@
+"""Recommendation on the graph of users and items."""
