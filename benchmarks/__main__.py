@@ -6,7 +6,7 @@
     python -m benchmarks steps [NAME ...]              train step and inference of the tiny variants, eager and compiled
     python -m benchmarks speed NAME [--authors DIR]    beside the authors' code (or a peer) -> results/NAME.json
     python -m benchmarks parity NAME --authors DIR     equality with the authors' code -> results/NAME.json
-    python -m benchmarks checkpoint NAME PATH          train the catalogue's checkpoint PATH by its recipe -> hub/PATH
+    python -m benchmarks checkpoint NAME PATH          the catalogue's checkpoint PATH, by its recipe -> hub/PATH
 
 ``--json FILE`` writes the figures with versions and hardware; ``--device cuda`` measures there.
 """
@@ -195,7 +195,7 @@ def parity(args: argparse.Namespace) -> None:
 
 
 def checkpoint(args: argparse.Namespace) -> dict[str, Any]:
-    """Train a recipe's arm as the catalogue's checkpoint says; replace the folder only by better figures."""
+    """Train a recipe's arm as the catalogue's checkpoint says, or take it from where `zoo reproduce` left it."""
     import shutil
 
     from zoo.core import recipe
@@ -208,16 +208,21 @@ def checkpoint(args: argparse.Namespace) -> dict[str, Any]:
     point = points[args.path]
     dataset, arm, seed = point["recipe"], point["arm"], point.get("seed", 0)
     table = recipe.recipe(name, dataset)
-    root = None if table.get("embedded", dataset == "default") else recipe._root(dataset, args.root)
+    root = None if table.get("embedded", dataset == "default") else recipe._root(point.get("root", dataset), args.root)
     plan = recipe._plan(table, arm, root)
+    label = name if dataset == "default" else f"{name}@{dataset}"
+    done = Path(args.work) / label / f"{arm}-{seed}" / "checkpoints"
     folder = Path("runs/checkpoints") / args.path
-    metrics = recipe._run(name, plan, seed, folder, None, args.device, True)
+    if done.is_dir():
+        metrics = recipe._run(name, plan, seed, folder, done, args.device, True)
+    else:
+        metrics = recipe._run(name, plan, seed, folder, None, args.device, True)
+        done = folder / "checkpoints"
     figures = {k: v for k, v in metrics.items() if k.startswith("test/")}
-    last = folder / "checkpoints" / f"{plan.get('evaluate', 'best')}.ckpt"
+    last = done / f"{plan.get('evaluate', 'best')}.ckpt"
     from zoo.core.command import open_checkpoint
 
-    model = open_checkpoint(catalogue.load_class(name), last)
-    label = name if dataset == "default" else f"{name}@{dataset}"
+    model = open_checkpoint(catalogue.load_class(name), last if last.is_file() else done / "last.ckpt")
     place = catalogue.ROOT.parent / "hub" / args.path
     part = place.with_name(f".{args.path}")
     shutil.rmtree(part, ignore_errors=True)
@@ -254,6 +259,7 @@ def main() -> None:
             sub.add_argument("name")
             sub.add_argument("path", help="the folder's name under hub/")
             sub.add_argument("--root", help="folder of the dataset")
+            sub.add_argument("--work", default="runs/reproduce", help="where `zoo reproduce` left its checkpoints")
         if call is steps:
             sub.add_argument("names", nargs="*")
             sub.add_argument("--compile", action="store_true")

@@ -43,9 +43,10 @@ def test_figures_are_those_of_the_card(name: str, point: dict[str, Any], tmp_pat
     table = recipe.recipe(name, point["recipe"])
     root = None
     if not table.get("embedded", point["recipe"] == "default"):
-        root = Path(os.environ.get("ZOO_DATA", "/nonexistent")) / point["recipe"]
+        dataset = point.get("root", point["recipe"])
+        root = Path(os.environ.get("ZOO_DATA", "/nonexistent")) / dataset
         if not root.is_dir():
-            pytest.skip(f"needs the real data set {point['recipe']!r} under $ZOO_DATA")
+            pytest.skip(f"needs the real data set {dataset!r} under $ZOO_DATA")
     plan = recipe._plan(table, point["arm"], None if root is None else str(root))
     folder = HUB / point["path"]
     model = load(folder)
