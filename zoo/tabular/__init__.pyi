@@ -1,0 +1,2 @@
+from .timeseries.data_imputation import TimeSeriesImputationDataModule as TimeSeriesImputationDataModule
+from .timeseries.glocal_ib import GlocalIB as GlocalIB
