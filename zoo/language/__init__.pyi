@@ -1,0 +1,4 @@
+from .finetuning.data_lora import LoRAFinetuneDataModule as LoRAFinetuneDataModule
+from .finetuning.hrp import HRP as HRP
+from .theory.attention_svm import AttentionSVM as AttentionSVM
+from .theory.data_tokens import TokenSelectionDataModule as TokenSelectionDataModule

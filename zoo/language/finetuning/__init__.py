@@ -1,0 +1,1 @@
+"""Methods that fine-tune pretrained language models."""
