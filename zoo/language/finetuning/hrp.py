@@ -615,7 +615,7 @@ class HRP(ZooModule):
         torch.Size([2, 4])
     """
 
-    variants = {  # noqa: RUF012
+    variants = {
         "tiny": {
             "backbone": {
                 "model_type": "bert",

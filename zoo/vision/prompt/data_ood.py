@@ -54,6 +54,7 @@ def draw_shapes(shape: Tensor, colour: Tensor, generator: torch.Generator, forei
     grid = torch.arange(SIZE, dtype=torch.float32) + 0.5
     radius = uniform(7.0, 10.0)
     cy, cx = uniform(11.0, 21.0), uniform(11.0, 21.0)
+
     def patch(top: Tensor, left: Tensor, striped: Tensor) -> tuple[Tensor, Tensor]:
         """Where an 8 x 8 patch lies, (n, 1, s, s), and its colours, (n, 3, s, s)."""
         rows, columns = grid[:, None] - 0.5 - top, grid[None, :] - 0.5 - left

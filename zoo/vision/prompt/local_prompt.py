@@ -730,6 +730,11 @@ class LocalPrompt(ZooModule):
             return {"global": self.text("global"), **{w: self.encode_text(w) for w in ("local", "negative")}}
         return {which: self.text(which) for which in ("global", "local", "negative")}
 
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        size = self.backbone.image_size
+        generator = torch.Generator().manual_seed(0)
+        return (torch.rand(2, 3, size, size, generator=generator).to(self.device),)
+
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         g, regions = self.encode_image(image)
         return self.scores(g, regions, self._texts())

@@ -1,0 +1,199 @@
+"""Regformer beside its authors' network: equal outputs, loss, gradients and step; speed; the recorded tensors."""
+
+import importlib.util
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.vision.restoration.regformer import Regformer, derain_loss, rename
+
+TINY = {"dim": 8, "num_blocks": [1, 2, 1, 1], "heads": [2, 2, 2, 2], "num_refinement_blocks": 1}
+PAPER = {"dim": 48, "num_blocks": [4, 4, 4, 4], "heads": [6, 6, 6, 6]}  # their Options/Deraining.yml
+
+
+def _rearrange(x: Tensor, pattern: str, **sizes: int) -> Tensor:
+    """The four patterns that the authors' file asks of einops, by the same reshape and permute that einops makes."""
+    if pattern == "b c h w -> b (h w) c":
+        return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, x.shape[1])
+    if pattern == "b (h w) c -> b c h w":
+        return x.reshape(x.shape[0], sizes["h"], sizes["w"], -1).permute(0, 3, 1, 2)
+    if pattern == "b (head c) h w -> b head c (h w)":
+        return x.reshape(x.shape[0], sizes["head"], x.shape[1] // sizes["head"], -1)
+    if pattern == "b head c (h w) -> b (head c) h w":
+        return x.reshape(x.shape[0], -1, sizes["h"], sizes["w"])
+    raise NotImplementedError(pattern)
+
+
+def authors_class(checkout: Path) -> type[nn.Module]:
+    """The authors' `Regformer`, from their own file, without the training code around it."""
+    if "einops" not in sys.modules and importlib.util.find_spec("einops") is None:
+        einops = types.ModuleType("einops")
+        einops.rearrange = _rearrange  # type: ignore[attr-defined]
+        sys.modules["einops"] = einops
+    path = Path(checkout) / "basicsr/models/archs/Regformer_arch.py"
+    spec = importlib.util.spec_from_file_location("authors_regformer", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Regformer
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30)).item()
+
+
+def pair(checkout: Path, config: dict) -> tuple[Regformer, nn.Module]:
+    """Ours and theirs with the same weights, through `convert_state_dict`."""
+    torch.manual_seed(0)
+    theirs = authors_class(checkout)(**config)
+    with torch.no_grad():  # their norms start at one and zero, temperatures at one: as after training, they should not
+        for name, p in theirs.named_parameters():
+            if name.endswith(("body.weight", "body.bias", "temperature")):
+                p.add_(0.2 * torch.randn_like(p))
+    hyper, state = Regformer.convert_state_dict({"params": theirs.state_dict()})
+    ours = Regformer(**hyper)
+    ours.load_state_dict(state)
+    return ours, theirs
+
+
+def compare(checkout: Path) -> dict[str, float]:
+    """Largest relative errors of forward, loss, gradients (worst tensor) and weights after one optimiser step."""
+    ours, theirs = pair(checkout, TINY)
+    rainy, clean = torch.rand(2, 3, 40, 56), torch.rand(2, 3, 40, 56)
+    a, b = ours(rainy), theirs(rainy)
+    figures = {"forward": relative(a, b)}
+    loss, their_loss = derain_loss(a, clean), F.l1_loss(b, clean)
+    figures["loss"] = relative(loss, their_loss)
+    loss.backward()
+    their_loss.backward()
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in theirs.named_parameters()}
+    expected = rename(gradients)
+    figures["gradients"] = max(relative(p.grad, expected[n]) for n, p in ours.named_parameters() if p.grad is not None)
+    assert all(p.grad is not None for p in ours.parameters())
+
+    # One step as their trainer makes it: gradients clipped to 0.01, then AdamW.
+    ours.trainer = types.SimpleNamespace(  # type: ignore[assignment]
+        estimated_stepping_batches=300_000, gradient_clip_val=None, gradient_clip_algorithm=None
+    )
+    optimizer = ours.configure_optimizers()["optimizer"]
+    their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=3e-4, betas=(0.9, 0.999), weight_decay=1e-4)
+    torch.nn.utils.clip_grad_norm_(ours.parameters(), ours.hparams.clip)
+    torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.01)
+    optimizer.step()
+    their_optimizer.step()
+    after = rename(theirs.state_dict())
+    figures["step"] = max(relative(p, after[n]) for n, p in ours.named_parameters())
+    return figures
+
+
+def golden(checkout: Path) -> dict[str, Tensor]:
+    """Input, the authors' weights (``authors.*``), output, loss, small gradients (``gradient.*``), of a tiny network.
+
+    The weights are rounded to float16 before they are used, so that half the bytes hold them exactly.
+    """
+    _, theirs = pair(checkout, {**TINY, "dim": 4, "num_blocks": [1, 1, 1, 1]})
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(p.half())
+    rainy, clean = torch.rand(2, 3, 24, 16), torch.rand(2, 3, 24, 16)
+    derained = theirs(rainy)
+    loss = F.l1_loss(derained, clean)
+    loss.backward()
+    named = {n: p for n, p in theirs.named_parameters() if p.grad is not None and p.numel() <= 150}
+    gradients = {f"gradient.{n}": p.grad for n, p in named.items()}
+    weights = {f"authors.{n}": p.detach().half() for n, p in theirs.state_dict().items()}
+    outputs = {"rainy": rainy, "clean": clean, "derained": derained.detach(), "loss": loss.detach()}
+    return {**outputs, **gradients, **weights}
+
+
+def speed(
+    checkout: Path | None, device: str = "cpu", size: int = 256, patch: int = 128, rounds: int = 3
+) -> dict[str, dict[str, float]]:
+    """Inference on one picture of size x size, a training step on one patch, at the paper's width: median ms and MiB.
+
+    Interleaved, so that a change of the machine's load falls on both; on the CPU with one thread it is the process's
+    own time, which others' load does not enter. Memory is the peak above what was held before, on the CPU by the
+    allocator's records. The training patch is the paper's, 128; at 256 the authors' network takes over 10 GiB.
+    """
+    if checkout is None:
+        torch.manual_seed(0)
+        nets: dict[str, nn.Module] = {"ours": Regformer()}
+    else:
+        ours, theirs = pair(checkout, PAPER)
+        nets = {"ours": ours, "authors": theirs}
+    for net in nets.values():
+        net.to(device)
+
+    def train_step(net: nn.Module) -> Callable[[], None]:
+        optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, weight_decay=1e-4)
+        rainy, clean = torch.rand(2, 1, 3, patch, patch, device=device)
+
+        def run() -> None:
+            optimizer.zero_grad()
+            F.l1_loss(net(rainy), clean).backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 0.01)
+            optimizer.step()
+
+        return run
+
+    def infer(net: nn.Module) -> Callable[[], None]:
+        rainy = torch.rand(1, 3, size, size, device=device)
+
+        def run() -> None:
+            with torch.no_grad():
+                net(rainy)
+
+        return run
+
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    figures: dict[str, dict[str, float]] = {}
+    for name, make in (("inference", infer), ("train_step", train_step)):
+        runs = {who: make(net) for who, net in nets.items()}
+        row: dict[str, float] = {}
+        for who, run in runs.items():
+            row[f"{who}_mib"] = _peak(run, device)  # also the warm-up
+        times: dict[str, list[float]] = {who: [] for who in runs}
+        for _ in range(rounds):
+            for who, run in runs.items():
+                start = clock()
+                run()
+                if device != "cpu":
+                    torch.cuda.synchronize()
+                times[who].append(1e3 * (clock() - start))
+        row |= {f"{who}_ms": statistics.median(values) for who, values in times.items()}
+        figures[name] = row
+    return figures
+
+
+def _peak(run: Callable[[], None], device: str) -> float:
+    """Peak memory above what was held before, in MiB."""
+    run()
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():  # in the order of time
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak / 2**20
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    print(compare(root))
+    if "--speed" in sys.argv:
+        print(speed(root, *sys.argv[3:4]))
