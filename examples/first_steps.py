@@ -1,4 +1,4 @@
-"""Fine-tune Regformer (tiny) on the embedded rain set, save it in Hub format, and draw before / after.
+"""Fine-tune a small Regformer on the embedded rain set, save it in Hub format, and draw before / after.
 
     python examples/first_steps.py [--out first_steps] [--steps N]
 
@@ -15,7 +15,8 @@ from zoo import Trainer
 from zoo.core.command import quiet
 from zoo.vision import DerainDataModule, Regformer
 
-STEPS = 600
+STEPS = 200
+SMALL = Path(__file__).resolve().parent.parent / "hub" / "regformer-small"
 
 
 def main() -> None:
@@ -27,11 +28,11 @@ def main() -> None:
     lightning.seed_everything(0, verbose=False)
 
     data = DerainDataModule(batch_size=8)
-    model = Regformer.from_variant("tiny")
+    model = Regformer.from_pretrained(SMALL, lr=1e-3)
     trainer = Trainer(
         args.out / "run",
         max_steps=args.steps,
-        check_val_every_n_epoch=4,
+        check_val_every_n_epoch=2,
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
@@ -39,7 +40,7 @@ def main() -> None:
 
     scores = trainer.test(model, datamodule=data, ckpt_path="best", verbose=False)[0]
     folder = model.save_pretrained(
-        args.out / "regformer-tiny",
+        args.out / "my-regformer",
         metrics={k: v for k, v in scores.items() if k in ("test/psnr", "test/ssim")},
         dataset="the embedded rain set: generated rain on bundled photographs",
         recipe=f"python examples/first_steps.py --steps {args.steps}",

@@ -1,5 +1,6 @@
 """The model card: facts from the catalogue, evidence from ``results/``, figures of the checkpoint itself."""
 
+import re
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -95,7 +96,7 @@ def model_card(
         eval_results=[
             EvalResult(
                 task_type=task,
-                dataset_type=(dataset or "embedded").lower().split(",")[0].replace(" ", "-")[:60],
+                dataset_type=re.sub(r"[^a-z0-9]+", "-", (dataset or "embedded").lower().split(",")[0])[:60].strip("-"),
                 dataset_name=dataset or "embedded",
                 metric_type=key.removeprefix("test/"),
                 metric_value=value,
