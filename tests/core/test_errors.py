@@ -120,7 +120,7 @@ def test_wrong_options_of_the_other_verbs(Affine, fails):
     assert "--format" in fails("export", "Affine", "x", "o", "--format", "coreml")
     assert "--domain" in fails("list", "--domain", "visoin")
     assert "nofamily" in fails("list", "--family", "nofamily")
-    assert "no recipe" in fails("reproduce", "Affine").lower()
+    assert "no recipe" in fails("reproduce", "Affine@atlantis").lower()
 
 
 def test_traceback_on_request(Affine):

@@ -495,7 +495,8 @@ class LAGNN(ZooModule):
     Example:
         >>> from zoo.graph import LAGNN, NodeClassificationDataModule
         >>> import zoo
-        >>> zoo.Trainer(max_epochs=2).fit(LAGNN.from_variant("tiny"), NodeClassificationDataModule())
+        >>> trainer = zoo.Trainer(max_epochs=2, enable_model_summary=False, enable_progress_bar=False)
+        >>> trainer.fit(LAGNN.from_variant("tiny"), datamodule=NodeClassificationDataModule())
     """
 
     variants: ClassVar[dict[str, dict[str, Any]]] = {
