@@ -229,14 +229,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="all",
         help="slow tests of all methods, or of those whose files changed since --since and a tenth of the others",
     )
-    parser.addoption("--since", default="HEAD~1", help="the commit that `--second-tier=changed` compares with")
+    parser.addoption("--since", help="the commit that `--second-tier=changed` compares with; by default a day ago's")
 
 
 REFERENCE = {"Regformer", "LAGNN", "NESCL", "GlocalIB", "AttentionSVM", "HRP", "LocalPrompt"}
 """Seven methods of seven shapes: what a change to the base is tried on."""
 
 
-def _chosen(since: str) -> set[str]:
+def _chosen(since: str | None) -> set[str]:
     """Methods for the second tier: changed ones, the reference ones after a change to shared code, a tenth in turn."""
     import subprocess
     import time
@@ -244,10 +244,14 @@ def _chosen(since: str) -> set[str]:
     from zoo.core import catalogue
 
     root = Path(__file__).resolve().parent.parent
-    diff = subprocess.run(["git", "diff", "--name-only", since], cwd=root, capture_output=True, text=True)
-    changed = diff.stdout.split() if diff.returncode == 0 else None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout
+
+    since = since or git("rev-list", "-1", "--before=1 day ago", "HEAD").strip()
+    changed = git("diff", "--name-only", since).split() if since else None
     names = catalogue.names()
-    if changed is None:  # no history to compare with: a fresh clone's first commit, an unpacked archive
+    if changed is None:  # nothing older to compare with
         return set(names)
     turn = int(time.time() // 86_400) % 10
     chosen = set(names[turn::10])
