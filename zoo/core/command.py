@@ -61,7 +61,9 @@ def load_tensors(path: Path) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch would advise to load with code
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ZooError(f"{path} cannot be read as tensors only: {text[:200]}") from error

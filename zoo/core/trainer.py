@@ -125,7 +125,9 @@ def _check_run(path: Path) -> None:
         ZooError: naming the file.
     """
     try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch would advise to load with code
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
         text = (str(error).splitlines() or [type(error).__name__])[0]
         raise ZooError(f"{path} cannot be read as a checkpoint: {text[:200]}") from error
