@@ -15,7 +15,7 @@ from zoo import Trainer
 from zoo.core.command import quiet
 from zoo.vision import DerainDataModule, Regformer
 
-STEPS = 300
+STEPS = 200
 SMALL = Path(__file__).resolve().parent.parent / "hub" / "regformer-small"
 
 
