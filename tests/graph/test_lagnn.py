@@ -583,6 +583,25 @@ def test_a_fitted_generator_is_not_fitted_again(tmp_path: Path, monkeypatch: pyt
     assert trainer.current_epoch == 4
 
 
+def test_one_generator_serves_many_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lagnn.pretrain_generator(tmp_path, 0, variant="tiny")
+    file = tmp_path / "generator.safetensors"
+    kept = load_file(file)
+    monkeypatch.setattr(LAGNN, "fit_generator", lambda *a: pytest.fail("stage 1 ran again"))
+    model = LAGNN.from_variant("tiny", generator_file=str(file))
+    fit(model, tmp_path / "run", NodeClassificationDataModule(), 1)
+    assert model.generator is not None and bool(model.generator_fitted)
+    assert all(torch.equal(v, kept[k]) for k, v in model.generator.state_dict().items())
+    file.unlink()  # what is saved needs the file no more
+    folder = model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(LAGNN.from_pretrained(folder).generator.output.weight, kept["output.weight"])
+    lagnn.save_file({"output.weight": torch.zeros(2, 2)}, file)
+    with pytest.raises(ZooError, match="generator"):
+        fit(tiny(generator_file=str(file)), tmp_path / "other", NodeClassificationDataModule(), 1)
+    with pytest.raises(FileNotFoundError, match="pretrain_generator"):
+        fit(tiny(generator_file=str(tmp_path / "none")), tmp_path / "no", NodeClassificationDataModule(), 1)
+
+
 def test_plain_trainer_and_own_loader_of_two_graphs(tmp_path: Path) -> None:
     graphs = [dict(NodeClassificationDataModule(seed=s).dataset("train")[0]) for s in (0, 1)]
     loader = DataLoader(graphs, batch_size=1, collate_fn=lambda items: items[0])

@@ -96,7 +96,8 @@ def reproduce(
     plans = {arm: _plan(table, arm, data_root) for arm in wanted}
     # what others start from comes first: prepared folders, then arms, then arms that evaluate another's checkpoint
     stages = {json.dumps(p["prepare"], sort_keys=True): p["prepare"] for p in plans.values() if p.get("prepare")}
-    _each(jobs, _prepare, [(stage, seed, base) for stage in stages.values() for seed in chosen])
+    runs = {(key, stage.get("seed", seed)): stage for key, stage in stages.items() for seed in chosen}
+    _each(jobs, _prepare, [(stage, seed, base) for (_, seed), stage in runs.items()])
     for dependent in (False, True):
         tasks = [(arm, seed) for seed in chosen for arm in wanted if bool(table["arms"][arm].get("from")) == dependent]
         found = _each(jobs, _arm, [(name, plans[a], a, s, base, accelerator, progress) for a, s in tasks])
@@ -294,7 +295,8 @@ def _fill(value: Any, key: str, replacement: object) -> Any:
 
 
 def _prepare(stage: dict[str, Any], seed: int, base: Path) -> Path:
-    """Run a preparing stage once per seed; its folder is complete or absent."""
+    """Run a preparing stage once per seed, or once for all where it has its own; its folder is complete or absent."""
+    seed = stage.get("seed", seed)
     key = hashlib.sha256(json.dumps(stage, sort_keys=True).encode()).hexdigest()[:12]
     folder = base / f"prepare-{key}-{seed}"
     if folder.is_dir():

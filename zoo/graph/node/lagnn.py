@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -486,6 +487,8 @@ class LAGNN(ZooModule):
         judge_updates: further updates on the generated features after each choice.
         judge_passes: passes m of the judge a U score.
         judge_every: a U score every so many steps; 1 is the paper's, 10 costs a tenth.
+        generator_file: safetensors file with a generator that `pretrain_generator` has trained; it takes the place of
+            stage 1 (the authors' protocol: one generator a graph, many runs of stage 2). Read when `fit` starts.
         authors_init: the authors' initialisation of GCN and GRAND, see `GraphLinear`.
         authors_warmup: scores during warm-up count as the best so far.
         authors_batch_statistics: draw with batch statistics (``likelihood="gaussian"``).
@@ -572,6 +575,7 @@ class LAGNN(ZooModule):
         judge_updates: int = 20,
         judge_passes: int = 100,
         judge_every: int = 1,
+        generator_file: str | None = None,
         authors_init: bool = False,
         authors_warmup: bool = False,
         authors_batch_statistics: bool = False,
@@ -643,7 +647,7 @@ class LAGNN(ZooModule):
             noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(x.device, x.dtype)
         weights = (self.generator.decoder.weight, self.generator.decoder.bias)
         condition = self._condition(lambda x, *_: self.generator.condition(x), x, *weights)
-        drawn = self.generator.decode(noise.flatten(0, 1), condition.repeat(shape[0], 1)).to(x.dtype)
+        drawn = self.generator.decode(noise.flatten(0, 1), condition.repeat(shape[0], 1))
         drawn = row_normalise(drawn) if self.hparams.row_normalise else drawn
         return drawn.view(*shape[:2], -1)
 
@@ -776,6 +780,17 @@ class LAGNN(ZooModule):
         if self._ready:
             return
         self._ready = True
+        if self.generator is not None and self.hparams.generator_file:
+            if not Path(self.hparams.generator_file).is_file():
+                raise FileNotFoundError(
+                    f"LAGNN: generator_file {self.hparams.generator_file} does not exist. `pretrain_generator` writes "
+                    "one; generator_file=None trains a generator first."
+                )
+            state = load_file(self.hparams.generator_file)
+            refuse_difference("LAGNN's generator", self.generator.state_dict(), state)
+            self.generator.load_state_dict(state)
+            self.generator_fitted.fill_(True)
+            return
         self.fit_generator(batch["x"], batch["edge_index"], batch["y"], _mask(batch, "train"))
         if self.trainer.world_size > 1:  # every rank fitted one; they differ where their devices round differently
             state = self.trainer.strategy.broadcast({k: v.cpu() for k, v in self.generator.state_dict().items()})
@@ -904,6 +919,24 @@ class LAGNN(ZooModule):
         state |= {f"generator.{key}": value for key, value in generator.items()}
         state |= {"noise_start": torch.tensor(0), "noise_seed": torch.tensor(0), "generator_fitted": torch.tensor(True)}
         return hyperparameters, state
+
+
+def pretrain_generator(folder: Path, seed: int, root: str | None = None, **model: Any) -> None:
+    """Stage 1 alone on a graph (``root`` as in the DataModule): writes ``generator.safetensors`` for ``LAGNN(generator_file=...)``.
+
+    Args:
+        model: hyperparameters of `LAGNN`; sizes that the graph tells may be left out.
+    """
+    from zoo.core.recipe import build
+    from zoo.graph.node.data_nodes import NodeClassificationDataModule
+
+    torch.manual_seed(seed)
+    data = NodeClassificationDataModule(root)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    net = build(LAGNN, data, model)
+    net.fit_generator(batch["x"], batch["edge_index"], batch["y"], _mask(batch, "train"))
+    save_file(net.generator.state_dict(), folder / "generator.safetensors")
 
 
 def _mask(batch: Any, split: str) -> Tensor:
