@@ -15,7 +15,7 @@ from zoo import Trainer
 from zoo.core.command import quiet
 from zoo.vision import DerainDataModule, Regformer
 
-STEPS = 200
+STEPS = 100
 SMALL = Path(__file__).resolve().parent.parent / "hub" / "regformer-small"
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     lightning.seed_everything(0, verbose=False)
 
     data = DerainDataModule(batch_size=8)
-    model = Regformer.from_pretrained(SMALL, lr=1e-3)
+    model = Regformer.from_pretrained(SMALL, lr=3e-4)
     trainer = Trainer(
         args.out / "run",
         max_steps=args.steps,

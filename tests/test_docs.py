@@ -34,6 +34,17 @@ def test_python_blocks_of_the_readme(hub: LoopbackHub, tmp_path: Path, monkeypat
     assert (tmp_path / "my-derainer" / "model.safetensors").is_file()
 
 
+def test_python_blocks_of_the_cards(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in (f for f in (HERE / "hub").iterdir() if f.is_dir()):
+        hub.load_folder(f"paper-zoo/{folder.name}", folder)
+        blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.S)
+        assert len(blocks) == 1, folder.name
+        space: dict[str, object] = {}
+        exec(compile(blocks[0], f"{folder.name}/README.md", "exec"), space)
+        assert "output" in space, folder.name
+
+
 def test_blocks_of_contributing() -> None:
     text = (HERE / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for block in re.findall(r"```python\n(.*?)```", text, re.S):

@@ -27,6 +27,8 @@ Method: *{title}*, {authors}, {published}{arxiv}.
 {snippet}
 ```
 
+Your own files: `zoo predict {method} --ckpt_path {repo_id} --input PATH --output PATH`.
+
 ## Training
 
 {training}
@@ -62,6 +64,8 @@ def model_card(
     repo_id: str | None = None,
     metrics: dict[str, float] | None = None,
     dataset: str | None = None,
+    datasets: list[str] | None = None,
+    trained_on: str | None = None,
     recipe: str | None = None,
     limits: str | None = None,
     license: str = "apache-2.0",
@@ -73,7 +77,9 @@ def model_card(
         model: the checkpoint, for its size.
         repo_id: where it will live; in the organisation of `hub.ORGANISATION` by default.
         metrics: its own measured figures, by name.
-        dataset: what it was trained and measured on.
+        dataset: what it was measured on, and trained on too, unless ``trained_on`` says otherwise.
+        datasets: ids of the training sets on the Hub, by which its search finds the checkpoint.
+        trained_on: what it was trained on.
         recipe: the command that trains it.
         limits: what it must not be used for, what it was not tested on.
         license: of the weights, an SPDX id in lower case.
@@ -90,7 +96,7 @@ def model_card(
         pipeline_tag=facts.get("pipeline_tag"),
         tags=["paper-zoo", name.lower(), facts.get("task", "")]
         + ([f"arxiv:{facts['arxiv']}"] if facts.get("arxiv") else []),
-        datasets=None,
+        datasets=datasets or None,
         metrics=facts.get("metrics") or None,
         model_name=repo_id.split("/")[-1],
         eval_results=[
@@ -109,13 +115,15 @@ def model_card(
     text = TEMPLATE.format(
         header=data.to_yaml().strip(),
         name=repo_id.split("/")[-1],
+        method=name,
+        repo_id=repo_id,
         summary=facts["summary"],
         title=facts["title"],
         authors=_people(facts["authors"]),
         published=catalogue.published(facts),
         arxiv=arxiv,
         snippet=snippet(name, repo_id),
-        training=_training(model, dataset, recipe),
+        training=_training(model, trained_on or dataset, recipe),
         figures=_figures(metrics, dataset),
         evidence=evidence(name),
         licence=_licence(facts, license),
@@ -126,12 +134,13 @@ def model_card(
 
 
 def snippet(name: str, repo_id: str) -> str:
-    """Three lines that load and use a checkpoint."""
+    """The lines that load and use a checkpoint."""
     try:
         package = catalogue.entry(name).package
     except ZooError:
         package = "your_package"
-    return f'from {package} import {name}\n\nmodel = {name}.from_pretrained("{repo_id}")'
+    lines = [f"from {package} import {name}", "", f'model = {name}.from_pretrained("{repo_id}")']
+    return "\n".join([*lines, f"output = model(*model.example_inputs())  # your own: help({name}.forward)"])
 
 
 def bibtex(facts: dict[str, Any], name: str) -> str:

@@ -101,7 +101,8 @@ class ZooModule(lightning.LightningModule, PyTorchModelHubMixin, library_name="p
 
         Args:
             save_directory: folder; made where it is missing.
-            card: what the model card adds to the catalogue's facts: ``metrics`` (name -> value), ``dataset`` (str),
+            card: what the model card adds to the catalogue's facts: ``metrics`` (name -> value), ``dataset`` (str, what
+                they were measured on), ``datasets`` (ids of the training sets on the Hub), ``trained_on`` (str),
                 ``recipe`` (str, the command that trained it), ``limits`` (str), ``repo_id`` (str).
         Raises:
             ZooError: if the folder cannot be written or the disk is full; what stood there before still stands.
