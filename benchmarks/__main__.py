@@ -54,25 +54,10 @@ def imports(_: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def timed(call: Callable[[], Any], device: str = "cpu", runs: int = 7, warmup: int = 2) -> float:
-    """Median milliseconds of a call."""
-    import torch
-
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    times = []
-    for index in range(runs + warmup):
-        wait()
-        start = time.perf_counter()
-        call()
-        wait()
-        if index >= warmup:
-            times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
-
-
 def load(_: argparse.Namespace) -> dict[str, Any]:
     from safetensors.torch import load_file
 
+    from benchmarks.measure import in_turns
     from zoo.vision import Regformer
 
     model = Regformer()
@@ -80,13 +65,19 @@ def load(_: argparse.Namespace) -> dict[str, Any]:
         model.save_pretrained(folder)
         return {
             "parameters": sum(p.numel() for p in model.parameters()),
-            "safetensors_ms": timed(lambda: load_file(Path(folder) / "model.safetensors")),
-            "construct_ms": timed(lambda: Regformer()),
-            "from_pretrained_ms": timed(lambda: Regformer.from_pretrained(folder)),
+            **in_turns(
+                {
+                    "safetensors": lambda: load_file(Path(folder) / "model.safetensors"),
+                    "construct": Regformer,
+                    "from_pretrained": lambda: Regformer.from_pretrained(folder),
+                },
+                rounds=7,
+            ),
         }
 
 
 def data(args: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks.measure import in_turns
     from zoo.vision import DerainDataModule, Regformer
 
     found: dict[str, Any] = {}
@@ -100,59 +91,73 @@ def data(args: argparse.Namespace) -> dict[str, Any]:
         found[f"samples_per_s_{workers}_workers"] = count / (time.perf_counter() - start)
     model = Regformer.from_variant("tiny").to(args.device)
     batch = {k: v.to(args.device) if hasattr(v, "to") else v for k, v in batch.items()}
-    step = timed(_step(model, batch), args.device)
-    found["step_samples_per_s"] = 1e3 * len(batch["rainy"]) / step
+    step = in_turns({"step": _step(model, batch, module)}, args.device, rounds=7)
+    found["step_samples_per_s"] = 1e3 * len(batch["rainy"]) / step["step_ms"]
     return found
 
 
-def _step(model: Any, batch: Any) -> Callable[[], None]:
-    import torch
+def _step(model: Any, batch: Any, data: Any) -> Callable[[], None]:
+    """A training step as Lightning makes it, without what Lightning adds."""
+    from zoo.testing.contract.case import attach
 
-    model.train()
-    model.log = lambda *a, **k: None  # outside a Trainer there is nothing to log to
-    model.log_dict = lambda *a, **k: None
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    attach(model.train(), data)
+    found = model.configure_optimizers()
+    found = found["optimizer"] if isinstance(found, dict) else found
+    if model.automatic_optimization and not hasattr(found, "step"):
+        raise ZooError("no optimiser steps, or several optimisers")
+    model.optimizers = lambda *a, **k: found
+    model.manual_backward = lambda loss, *a, **k: loss.backward(*a, **k)
 
     def step() -> None:
-        optimiser.zero_grad()
-        model.training_step(batch, 0).backward()
-        optimiser.step()
+        if not model.automatic_optimization:
+            model.training_step(batch, 0)
+            return
+        found.zero_grad()
+        loss = model.training_step(batch, 0)
+        (loss["loss"] if isinstance(loss, dict) else loss).backward()
+        found.step()
 
     return step
 
 
 def steps(args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds and peak MiB; what cannot be measured by itself is named with its reason."""
     import torch
 
-    found: dict[str, Any] = {}
-    for name in args.names or catalogue.names():
-        cls, data_cls = catalogue.load_class(name), catalogue.load_datamodule(name)
-        module = data_cls()
-        module.setup()
-        from zoo.core.recipe import build
+    from benchmarks.measure import in_turns
+    from zoo.core.recipe import build
 
-        model = build(cls, module, {"variant": "tiny"}).to(args.device)
-        if not model.automatic_optimization:
-            found[name] = {"left_out": "steps itself: see its own speed figures"}
-            continue
-        batch = model.transfer_batch_to_device(next(iter(module.train_dataloader())), torch.device(args.device), 0)
-        try:
-            row = {"train_step_ms": timed(_step(model, batch), args.device)}
-        except Exception as error:  # needs a trainer around it
-            row = {"train_step": f"{type(error).__name__}: {error}"}
-        try:
-            inputs = model.eval().example_inputs()
-            with torch.inference_mode():
-                row["inference_ms"] = timed(lambda m=model, i=inputs: m(*i), args.device)
-            if args.compile:
-                compiled = torch.compile(model)
-                with torch.inference_mode():
-                    row["inference_compiled_ms"] = timed(lambda c=compiled, i=inputs: c(*i), args.device)
-        except ZooError as error:
-            row["inference"] = str(error)
-        if args.device.startswith("cuda"):
-            row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
-        found[name] = row
+    def measure(model: Any, batch: Any, data: Any, suffix: str = "") -> dict[str, Any]:
+        row: dict[str, Any] = {}
+        for what in ("train_step", "inference"):
+            try:
+                if what == "train_step":
+                    row |= in_turns({what + suffix: _step(model, batch, data)}, args.device)
+                else:
+                    inputs = model.eval().example_inputs()
+                    with torch.no_grad():
+                        row |= in_turns({what + suffix: lambda i=inputs: model(*i)}, args.device)
+            except Exception as error:  # one method's trouble must not cost the others' figures
+                row[what + suffix] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return row
+
+    old = json.loads(Path(args.json).read_text()) if args.json and Path(args.json).is_file() else {}
+    found: dict[str, Any] = old.get("steps", {}).get("figures", {})  # a run for some leaves the others' figures
+    for name in args.names or catalogue.names():
+        data = catalogue.load_datamodule(name)()
+        data.setup("fit")
+        torch.manual_seed(0)
+        model = build(catalogue.load_class(name), data, {"variant": "tiny"}).to(args.device)
+        batch = model.transfer_batch_to_device(next(iter(data.train_dataloader())), torch.device(args.device), 0)
+        found[name] = measure(model, batch, data)
+        able = catalogue.facts(name)["capabilities"]["compile"]
+        if args.compile and able is True:
+            torch.compiler.reset()
+            model.compile()
+            found[name] |= measure(model, batch, data, "_compiled")
+        elif args.compile:
+            found[name]["compiled"] = able
+        print(name, json.dumps(found[name]), file=sys.stderr, flush=True)
     return found
 
 
@@ -211,7 +216,7 @@ def checkpoint(args: argparse.Namespace) -> dict[str, Any]:
     root = None if table.get("embedded", dataset == "default") else recipe._root(point.get("root", dataset), args.root)
     plan = recipe._plan(table, arm, root)
     label = name if dataset == "default" else f"{name}@{dataset}"
-    done = Path(args.work) / label / f"{arm}-{seed}" / "checkpoints"
+    done = Path(args.trained or Path(args.work) / label / f"{arm}-{seed}" / "checkpoints")
     folder = Path("runs/checkpoints") / args.path
     if done.is_dir():
         metrics = recipe._run(name, plan, seed, folder, done, args.device, True)
@@ -231,7 +236,9 @@ def checkpoint(args: argparse.Namespace) -> dict[str, Any]:
         repo_id=f"paper-zoo/{args.path}",
         metrics=figures,
         dataset=point.get("dataset", "the embedded set"),
-        recipe=f"zoo reproduce {label} --arms {arm} --seeds 1",
+        datasets=point.get("datasets"),
+        trained_on=point.get("trained_on"),
+        recipe=point.get("command", f"zoo reproduce {label} --arms {arm} --seeds 1"),
         limits=point.get("limits"),
     )
     if sum(f.stat().st_size for f in part.iterdir()) > 12 * 2**20:
@@ -259,6 +266,7 @@ def main() -> None:
             sub.add_argument("name")
             sub.add_argument("path", help="the folder's name under hub/")
             sub.add_argument("--root", help="folder of the dataset")
+            sub.add_argument("--trained", help="folder of checkpoints that the catalogue's `command` has left")
             sub.add_argument("--work", default="runs/reproduce", help="where `zoo reproduce` left its checkpoints")
         if call is steps:
             sub.add_argument("names", nargs="*")

@@ -5,7 +5,6 @@ The environment is set here, before anything imports huggingface_hub: the client
 
 import importlib
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,71 +22,15 @@ assert "huggingface_hub" not in sys.modules, "a plugin imported huggingface_hub 
 import pytest  # noqa: E402
 
 from zoo.testing import LoopbackHub  # noqa: E402
+from zoo.testing.offline import no_network  # noqa: E402
+
+__all__ = ["no_network"]  # a fixture for every test here
 
 _home = tempfile.TemporaryDirectory(prefix="zoo-tests-")  # removed at exit
 _server = LoopbackHub().start()
 os.environ.update(_server.environ(_home.name))
 for _name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ.pop(_name, None)
-
-
-# ---- no network ------------------------------------------------------------------------------------------------------
-
-
-class NetworkBlocked(RuntimeError):
-    """A test tried to leave this machine. Not an OSError: clients take those for an offline mode and go on."""
-
-
-_blocked: list[str] = []
-_local_names = {"localhost", "localhost.localdomain", "ip6-localhost", socket.gethostname()}
-
-
-def _refuse(host: str) -> None:
-    _blocked.append(host)
-    raise NetworkBlocked(
-        f"This test tries to reach {host!r}. Tests use no network: serve what is needed from the `hub` fixture "
-        "(loopback), or build it from a small config with random weights."
-    )
-
-
-def _is_loopback(host: str) -> bool:
-    return host.startswith("127.") or host in ("::1", "::ffff:127.0.0.1", "") or host in _local_names
-
-
-def _guarded(connect: Callable[..., Any]) -> Callable[..., Any]:
-    def guard(self: socket.socket, address: Any) -> Any:
-        if self.family in (socket.AF_INET, socket.AF_INET6) and not _is_loopback(str(address[0])):
-            _refuse(str(address[0]))
-        return connect(self, address)
-
-    return guard
-
-
-def _guarded_lookup(lookup: Callable[..., Any]) -> Callable[..., Any]:
-    def guard(host: Any, *args: Any, **kwargs: Any) -> Any:
-        name = host.decode() if isinstance(host, bytes) else host
-        numeric = name is None or ":" in name or name.replace(".", "").isdigit()  # an address: `connect` decides
-        if not numeric and not _is_loopback(name):
-            _refuse(name)
-        return lookup(host, *args, **kwargs)
-
-    return guard
-
-
-socket.socket.connect = _guarded(socket.socket.connect)  # type: ignore[method-assign]
-socket.socket.connect_ex = _guarded(socket.socket.connect_ex)  # type: ignore[method-assign]
-socket.getaddrinfo = _guarded_lookup(socket.getaddrinfo)
-
-
-@pytest.fixture(autouse=True)
-def no_network() -> Iterator[list[str]]:
-    """Fails a test that tried to leave this machine, also where the code under test swallowed the refusal."""
-    _blocked.clear()
-    yield _blocked
-    if _blocked:
-        hosts = ", ".join(sorted(set(_blocked)))
-        _blocked.clear()
-        pytest.fail(f"This test tried to reach {hosts}; tests use no network.")
 
 
 # ---- the Hub ---------------------------------------------------------------------------------------------------------

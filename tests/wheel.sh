@@ -17,7 +17,7 @@ assert "clean" in place.parts, f"imported from {place}, not from the wheel"
 from zoo.core import catalogue, results
 assert len(catalogue.names()) >= 7, catalogue.names()
 assert results.all_results(), "no evidence in the wheel"
-assert not {"torch", "lightning"} & set(sys.modules)
+assert not {"torch", "lightning", "pytest"} & set(sys.modules)
 assert (place.parent / "py.typed").is_file() and (place.parent / "vision" / "__init__.pyi").is_file()
 assert "torch_geometric" in str(importlib.metadata.requires("paper-zoo"))
 for name in catalogue.names():
@@ -29,3 +29,4 @@ batch = next(iter(data.test_dataloader()))
 print(Regformer.from_variant("tiny").predict(batch["rainy"]).shape, "from", place)
 PY
 "$work/clean/bin/zoo" list
+"$work/clean/bin/python" -m pytest -q --pyargs zoo.testing.contract -k AttentionSVM

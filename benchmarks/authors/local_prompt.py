@@ -10,9 +10,7 @@ import copy
 import importlib
 import math
 import os
-import statistics
 import sys
-import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.measure import in_turns
 from zoo.vision.prompt.local_prompt import EmbeddedTokenizer, LocalPrompt
 
 NAMES = ["red square", "green circle", "blue triangle", "yellow cross", "purple diamond", "cyan ring"]
@@ -453,37 +452,8 @@ def speed(checkout: Path | None, device: str = "cpu", rounds: int = 3) -> dict[s
     figures: dict[str, dict[str, float]] = {}
     for name, runs in tasks.items():
         runs = {who: run for who, run in runs.items() if who == "ours" or trainer is not None}
-        row = {f"{who}_mib": _peak(run, device) for who, run in runs.items()}  # also the warm-up
-        times: dict[str, list[float]] = {who: [] for who in runs}
-        for _ in range(rounds):
-            for who, run in runs.items():
-                start = time.perf_counter()
-                run()
-                if device != "cpu":
-                    torch.cuda.synchronize()
-                times[who].append(1e3 * (time.perf_counter() - start))
-        figures[name] = row | {f"{who}_ms": statistics.median(values) for who, values in times.items()}
+        figures[name] = in_turns(runs, device, rounds)
     return figures
-
-
-def _peak(run: Callable[[], Any], device: str) -> float:
-    """Peak memory above what was held before, in MiB."""
-    run()
-    if device != "cpu":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        run()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak / 2**20
 
 
 if __name__ == "__main__":

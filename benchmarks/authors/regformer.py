@@ -1,9 +1,7 @@
 """Regformer beside its authors' network: equal outputs, loss, gradients and step; speed; the recorded tensors."""
 
 import importlib.util
-import statistics
 import sys
-import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.measure import in_turns
 from zoo.vision.restoration.regformer import Regformer, derain_loss, rename
 
 TINY = {"dim": 8, "num_blocks": [1, 2, 1, 1], "heads": [2, 2, 2, 2], "num_refinement_blocks": 1}
@@ -118,9 +117,7 @@ def speed(
 ) -> dict[str, dict[str, float]]:
     """Inference on one picture of size x size, a training step on one patch, at the paper's width: median ms and MiB.
 
-    Interleaved, so that a change of the machine's load falls on both; on the CPU with one thread it is the process's
-    own time, which others' load does not enter. Memory is the peak above what was held before, on the CPU by the
-    allocator's records. The training patch is the paper's, 128; at 256 the authors' network takes over 10 GiB.
+    The training patch is the paper's, 128; at 256 the authors' network takes over 10 GiB.
     """
     if checkout is None:
         torch.manual_seed(0)
@@ -152,44 +149,10 @@ def speed(
 
         return run
 
-    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     figures: dict[str, dict[str, float]] = {}
     for name, make in (("inference", infer), ("train_step", train_step)):
-        runs = {who: make(net) for who, net in nets.items()}
-        row: dict[str, float] = {}
-        for who, run in runs.items():
-            row[f"{who}_mib"] = _peak(run, device)  # also the warm-up
-        times: dict[str, list[float]] = {who: [] for who in runs}
-        for _ in range(rounds):
-            for who, run in runs.items():
-                start = clock()
-                run()
-                if device != "cpu":
-                    torch.cuda.synchronize()
-                times[who].append(1e3 * (clock() - start))
-        row |= {f"{who}_ms": statistics.median(values) for who, values in times.items()}
-        figures[name] = row
+        figures[name] = in_turns({who: make(net) for who, net in nets.items()}, device, rounds)
     return figures
-
-
-def _peak(run: Callable[[], None], device: str) -> float:
-    """Peak memory above what was held before, in MiB."""
-    run()
-    if device != "cpu":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        run()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():  # in the order of time
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak / 2**20
 
 
 if __name__ == "__main__":

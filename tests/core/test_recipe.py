@@ -1,5 +1,7 @@
 """Recipes: run, judged both ways, interrupted and gone on with, malformed ones refused."""
 
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,20 @@ def test_an_interrupted_run_goes_on(method: Any, tmp_path: Path, monkeypatch: py
     assert calls[4:] == [0, 1, 2], "a finished recipe runs anew"
 
 
+def stage(folder: Path, seed: int) -> None:
+    (folder / "seed").write_text(str(seed))
+
+
+def test_a_stage_with_its_own_seed_is_prepared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("stages")
+    module.stage = stage  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "stages", module)
+    call = "stages:stage"
+    shared = {recipe._prepare({"call": call, "seed": 7}, seed, tmp_path) for seed in (0, 1)}
+    own = [recipe._prepare({"call": call}, seed, tmp_path) for seed in (0, 1)]
+    assert [(f / "seed").read_text() for f in (*shared, *own)] == ["7", "0", "1"]
+
+
 def test_processes_share_the_work_without_changing_it(extern: Path, tmp_path: Path) -> None:
     one = recipe.reproduce("Affine", work=tmp_path / "1", accelerator="cpu")
     two = recipe.reproduce("Affine", work=tmp_path / "2", accelerator="cpu", jobs=2)
@@ -154,3 +170,80 @@ def test_records_keep_other_sections(tmp_path: Path) -> None:
     results.record(file, {"name": "Line", "parity": {"figures": {"forward": 1e-7}}})
     results.record(file, {"holds": True})
     assert results.read("Line", tmp_path) == {"name": "Line", "parity": {"figures": {"forward": 1e-7}}, "holds": True}
+
+
+SOURCE = '''"""Docstring é."""
+
+WIDTH = 3  # colour channels
+"""What a user reads."""
+PROMPT = f"""# no comment
+
+{WIDTH}"""
+
+
+class Line:
+    """One."""; slope = "# no comment"  # noqa: E702
+
+    def f(self):
+        """Two,
+
+        over lines.
+        """
+        return "é", 1  # one
+'''
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "kept"),
+    [
+        ("Docstring é", "Another ö\n\n#", True),
+        ("What a user reads.", "x", True),
+        ("  # colour channels", "", True),
+        ("# one", "# two", True),
+        ('"é", 1  #', '"é", 1 \n\n\n    #', True),
+        ("over lines", "over more\n\n        lines", True),
+        ("\n", "\r\n", True),
+        ("WIDTH = 3", "WIDTH = 4", False),
+        ('"# no comment"', '"# a comment"', False),
+        ("# no comment\n\n", "# no comment\n", False),
+        ('"é", 1', '"e", 1', False),
+        ("        return", "        if self:\n            return", False),
+    ],
+)
+def test_evidence_goes_stale_with_code_not_with_words(
+    old: str, new: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "line.py"
+    entry = catalogue.Entry(file.with_suffix(".toml"), "zoo.vision.family.line")
+    monkeypatch.setattr(catalogue, "entry", lambda name: entry)
+    file.with_suffix(".toml").write_text('class = "Line"\ndatamodule = "NoDataModule"\n')
+    file.write_text(SOURCE, encoding="utf-8")
+    before = results.fingerprint("Line")
+    assert not results.is_stale("Line@set", {"files": before})
+    assert old in SOURCE
+    file.write_bytes(SOURCE.replace(old, new).encode())
+    assert results.is_stale("Line@set", {"files": before}) != kept
+
+
+def test_evidence_goes_stale_with_what_the_family_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = catalogue.Entry(tmp_path / "line.toml", "zoo.vision.family.line")
+    monkeypatch.setattr(catalogue, "entry", lambda name: entry)
+    entry.toml.write_text('class = "Line"\ndatamodule = "NoDataModule"\n')
+    (tmp_path / "line.py").write_text("from zoo.vision.family.slopes import slope\n")
+    (tmp_path / "slopes.py").write_text("from zoo.vision.family.line import x\nslope = 1\n")
+    before = results.fingerprint("Line")
+    (tmp_path / "slopes.py").write_text("from zoo.vision.family.line import x\nslope = 2\n")
+    assert results.fingerprint("Line") != before
+
+
+def test_bare_code_is_what_is_left_without_words() -> None:
+    assert results.bare(SOURCE).split("\n") == [
+        "WIDTH = 3",
+        'PROMPT = f"""# no comment',
+        "",
+        '{WIDTH}"""',
+        "class Line:",
+        '    ; slope = "# no comment"',
+        "    def f(self):",
+        '        return "é", 1',
+    ]

@@ -30,9 +30,10 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def saved(model: Any, folder: Path, config: dict[str, Any] | None = None, **hyperparameters: Any) -> Path:
-    """A checkpoint with its config changed after the fact."""
+    """A checkpoint with its config changed after the fact, and as older ones without checksums in it."""
     model.save_pretrained(folder)
     content = json.loads((folder / "config.json").read_text())
+    del content["sha256"]
     content["hyperparameters"] |= hyperparameters
     (folder / "config.json").write_text(json.dumps(content | (config or {})))
     return folder
@@ -221,6 +222,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "function-as-class": {"class": "os.system"},
     "list-of-hyperparameters": {"hyperparameters": [1, 2]},
     "no-hyperparameters": {"hyperparameters": None},
+    "list-of-checksums": {"sha256": ["model.safetensors"]},
+    "checksum-of-none": {"sha256": {"model.safetensors": None}},
+    "checksums-elsewhere": {"sha256": {"../out/README.md": "0" * 64}},
+    "checksums-anywhere": {"sha256": {"/etc/passwd": "0" * 64}},
 }
 TEXTS: dict[str, bytes] = {
     "empty": b"",
@@ -290,6 +295,30 @@ def test_hostile_config_from_the_hub(Affine, hub, lean, tmp_path):
     refused(lambda: Affine.from_pretrained(REPO), "far more parameters than")
 
 
+class Wrapped(zoo.core.ZooModule):
+    """A head on a backbone that comes from the Hub by its id."""
+
+    def __init__(self, backbone: str = "acme/backbone", width: int = 8, depth: int = 1):
+        super().__init__()
+        self.save_hyperparameters()
+        self.backbone = torch.nn.Linear(4, 4)
+        self.layers = torch.nn.Sequential(*(torch.nn.Linear(width, width, bias=False) for _ in range(depth)))
+
+
+@pytest.mark.timeout(60)
+def test_hostile_config_beside_a_backbone_of_the_hub(lean, tmp_path):
+    """The size of such a backbone is not known before it is there; the rest must fit this machine."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    folder = saved(Wrapped(), tmp_path / "out")
+    assert "backbone.weight" not in load_file(folder / "model.safetensors")
+    Wrapped.from_pretrained(folder)
+    for width in (int(memory**0.5), 10**9):
+        saved(Wrapped(), folder, width=width)
+        refused(lambda: Wrapped.from_pretrained(folder), "far more bytes|does not build")
+    saved(Wrapped(), folder, depth=10**9, width=0)
+    refused(lambda: Wrapped.from_pretrained(folder), "far more (parameters|modules)")
+
+
 def test_config_of_an_older_save_may_lack_what_came_later(Affine, tmp_path):
     folder = saved(Affine(), tmp_path / "out")
     content = json.loads((folder / "config.json").read_text())
@@ -328,7 +357,7 @@ def test_head_is_strict_without_an_override(Affine, tmp_path):
 def test_checkpoint_of_another_size_or_method(Affine, tmp_path):
     from safetensors.torch import save
 
-    small, large = Affine(width=4).save_pretrained(tmp_path / "s"), Affine(width=16).save_pretrained(tmp_path / "l")
+    small, large = saved(Affine(width=4), tmp_path / "s"), saved(Affine(width=16), tmp_path / "l")
     shutil.copy(small / "model.safetensors", large / "model.safetensors")
     refused(lambda: Affine.from_pretrained(large), r"another shape.*\(4,\) given, \(16,\) expected")
     (large / "model.safetensors").write_bytes(save({"body.weight": torch.zeros(2)}))
@@ -504,6 +533,44 @@ def test_killed_while_saving(Affine, large, tmp_path, where, new):
     assert equal(Affine.from_pretrained(folder), large)
 
 
+def test_killed_between_two_files_of_a_save(Affine, tmp_path):
+    """The new config with the old weights, of the same shapes: only the checksum tells."""
+    folder = Affine(lr=0.1).save_pretrained(tmp_path / "out")
+    before = content(folder)
+
+    def save() -> None:
+        replace = os.replace
+
+        def until_the_weights(*paths: Any) -> None:
+            if str(paths[0]).endswith(".safetensors"):
+                die()
+            replace(*paths)
+
+        os.replace = until_the_weights
+        Affine(lr=0.2).save_pretrained(folder)
+
+    assert in_child(save) == (-signal.SIGKILL, "")
+    now = {k: v for k, v in content(folder).items() if not k.startswith(".")}
+    assert [k for k in before if before[k] == now[k]] == ["model.safetensors"]
+    refused(lambda: Affine.from_pretrained(folder), "model.safetensors is not the file that config.json was saved with")
+    model = Affine(lr=0.2)
+    model.save_pretrained(folder)
+    assert equal(Affine.from_pretrained(folder), model)
+
+
+def test_extra_files_belong_to_the_save(Affine, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        Affine, "save_extra", lambda self, folder: (folder / "vocab.txt").write_text("a b"), raising=False
+    )
+    folder = Affine().save_pretrained(tmp_path / "out")
+    assert json.loads((folder / "config.json").read_text())["sha256"].keys() == {"model.safetensors", "vocab.txt"}
+    Affine.from_pretrained(folder)
+    (folder / "vocab.txt").write_text("b a")
+    refused(lambda: Affine.from_pretrained(folder), "vocab.txt is not the file")
+    (folder / "vocab.txt").unlink()
+    refused(lambda: Affine.from_pretrained(folder), "vocab.txt is not the file")
+
+
 # ---- publishing ------------------------------------------------------------------------------------------------------
 
 
@@ -535,7 +602,7 @@ def test_publishing_what_is_not_whole(Affine, hub, tmp_path, capsys):
     assert "no complete model card" in publish(folder, capsys)
     (folder / "README.md").unlink()
     assert "no complete model card" in publish(folder, capsys)
-    folder = Affine().save_pretrained(tmp_path / "out2")
+    folder = saved(Affine(), tmp_path / "out2")
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-4])
     assert "not a readable safetensors file" in publish(folder, capsys)
     folder = saved(Affine(), tmp_path / "out3", width=16)

@@ -118,6 +118,31 @@ def test_saving_over_an_earlier_checkpoint_replaces_it(Affine, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+class Drawn(ZooModule):
+    """What `__init__` draws: into parameters, which the file replaces, and into a table, which nothing replaces."""
+
+    head = ("classifier",)
+
+    def __init__(self, num_classes: int = 3):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = torch.nn.Linear(4, 4)
+        self.classifier = torch.nn.Linear(4, num_classes)
+        draw = torch.Generator().manual_seed(0)
+        self.register_buffer("table", torch.empty(5).normal_(generator=draw), persistent=False)
+
+
+def test_loading_draws_only_what_the_file_lacks(tmp_path):
+    model = randomised(Drawn())
+    folder = model.save_pretrained(tmp_path / "out")
+    before = torch.get_rng_state()
+    again = Drawn.from_pretrained(folder)
+    assert same(again, model) and torch.equal(again.table, model.table)
+    assert torch.equal(torch.get_rng_state(), before)
+    changed = Drawn.from_pretrained(folder, num_classes=7)
+    assert changed.classifier.weight.std() > 0.05 and torch.equal(changed.net.weight, model.net.weight)
+
+
 def test_only_safe_files_are_fetched(Affine, hub, tmp_path):
     hub.load_folder(REPO, Affine().save_pretrained(tmp_path / "out"))
     hub.commit(REPO, {"extra.pkl": b"x", "pytorch_model.bin": b"x", "sub/train.py": b"x"})

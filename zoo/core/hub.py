@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from zoo.core.errors import ZooError
 from zoo.core.files import atomic_folder
@@ -26,6 +28,9 @@ FORMAT = 1
 """Version of the checkpoint's form, written to config.json; a newer one is refused."""
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
+DRAWS = {"uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_"}
+"""Functions of `torch.Tensor` and `torch.nn.init` that fill a tensor at random."""
+
 M = TypeVar("M")
 
 
@@ -33,7 +38,10 @@ M = TypeVar("M")
 
 
 def save(module: Any, folder: Path, card: dict[str, Any]) -> Path:
-    """Write config, weights, what the method adds (``save_extra``) and the card into ``folder``, all or nothing."""
+    """Write weights, what the method adds (``save_extra``), config and card into ``folder``, all or nothing.
+
+    The config holds the sha256 of the others: a save over an older one that is cut short cannot pass for either.
+    """
     if "module" in module._modules:
         raise ZooError(f"{type(module).__name__} has a submodule called 'module', a name that wrappers use. Rename it.")
     config = {
@@ -44,16 +52,22 @@ def save(module: Any, folder: Path, card: dict[str, Any]) -> Path:
     }
     state = {key: value.detach().cpu().contiguous() for key, value in module.saved_state_dict().items()}
     with atomic_folder(folder) as part:
-        (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         try:
             save_file(_untied(state), part / WEIGHTS, metadata={"format": "pt"})
         except SafetensorError as error:  # safetensors wraps the operating system's error
             raise OSError(28 if "space" in str(error).lower() else 5, str(error)) from error
         if hasattr(module, "save_extra"):
             module.save_extra(part)
+        config["sha256"] = {f.relative_to(part).as_posix(): _sha256(f) for f in sorted(part.rglob("*")) if f.is_file()}
+        (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         text = str(module.generate_model_card(**card))
         (part / CARD).write_text(text, encoding="utf-8")
     return folder
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _untied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -88,6 +102,7 @@ def snapshot(
     if folder.is_dir():
         if revision:
             raise ZooError(f"{name} is a folder here and has no revision {revision!r}. Leave `revision` out.")
+        _refuse_mixture(folder, {})
         return folder
     repo, _, pinned = str(name).partition("@")
     revision = revision or pinned or None
@@ -141,7 +156,8 @@ def snapshot(
             raise ZooError(
                 f"{where} offers only {', '.join(others[:2])}: a pickle, which could run code. Only safetensors load."
             )
-    _verify(path, where, lambda: HfApi(token=token).list_repo_tree(repo, recursive=True, revision=path.name))
+    tree = HfApi(token=token).list_repo_tree
+    _refuse_mixture(path, _verify(path, where, lambda: tree(repo, recursive=True, revision=path.name)))
     return path
 
 
@@ -149,8 +165,8 @@ def _is_pickle(name: str) -> bool:
     return name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"))
 
 
-def _verify(folder: Path, where: str, tree: Callable[[], Iterable[Any]]) -> None:
-    """Compare each file with the checksum that the Hub gave: the client itself compares sizes only.
+def _verify(folder: Path, where: str, tree: Callable[[], Iterable[Any]]) -> dict[Path, str]:
+    """Compare each file with the checksum that the Hub gave, and return these: the client itself compares sizes only.
 
     It is sha256 for large files and git's sha1 for small ones. The cache names the file that a link in ``folder``
     points to after it; where the cache cannot make links, ``tree`` asks the Hub.
@@ -165,20 +181,39 @@ def _verify(folder: Path, where: str, tree: Callable[[], Iterable[Any]]) -> None
             for entry in tree():
                 if hasattr(entry, "blob_id"):
                     sums.setdefault(folder / entry.path, entry.lfs.sha256 if entry.lfs else entry.blob_id)
+    checked = {}
     for file in files:
         expected = sums.get(file, "")
         if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", expected):
             continue
-        digest = hashlib.sha256() if len(expected) == 64 else hashlib.sha1(b"blob %d\0" % file.stat().st_size)
+        kind = hashlib.sha256() if len(expected) == 64 else hashlib.sha1(b"blob %d\0" % file.stat().st_size)
         with open(file, "rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-        if digest.hexdigest() != expected:
+            found = hashlib.file_digest(stream, kind.copy).hexdigest()
+        if found != expected:
             blobs = [file.resolve(), *([file.parent / os.readlink(file)] if file.is_symlink() else []), file]
             for path in blobs:
                 path.unlink(missing_ok=True)
             raise ZooError(
                 f"{where}: {file.name} was damaged on its way (checksum differs) and is dropped. Load it again."
+            )
+        checked[file] = expected
+    return checked
+
+
+def _refuse_mixture(folder: Path, known: dict[Path, str]) -> None:
+    """Compare the files with the sha256 that the config has of them; ``known`` are those that were compared before.
+
+    Raises:
+        ZooError: naming the first file that was not saved together with the config.
+    """
+    for name, expected in read_config(folder).get("sha256", {}).items():
+        file = folder / name
+        if name == WEIGHTS and not file.is_file():
+            continue  # `read` says what is there instead
+        if known.get(file) != expected and not (file.is_file() and _sha256(file) == expected):
+            raise ZooError(
+                f"{folder}: {name} is not the file that {CONFIG} was saved with (sha256 differs): saving or copying "
+                "was cut short. Save or fetch it again."
             )
 
 
@@ -197,6 +232,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         version, name, values = config["format_version"], config["class"], config["hyperparameters"]
+        sums = config.get("sha256", {})
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ZooError(f"{path} is not a config of the zoo ({type(error).__name__}: {error}).") from error
     if type(version) is not int or version < 1 or not isinstance(name, str) or not isinstance(values, dict):
@@ -207,6 +243,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ZooError(
             f"{path} has format_version {version}, this zoo reads up to {FORMAT}. Update: pip install -U paper-zoo."
         )
+    named = isinstance(sums, dict) and all(re.fullmatch(r"(?!.*\.\.)\w[\w./-]*", file) for file in sums)
+    if not named or not all(re.fullmatch("[0-9a-f]{64}", str(value)) for value in sums.values()):
+        raise ZooError(f"{path} is not a config of the zoo: sha256 holds other things than checksums of files here.")
     return config
 
 
@@ -252,17 +291,22 @@ def read(cls: type[M], folder: Path, overrides: dict[str, Any]) -> M:
     relocate = getattr(cls, "load_extra", None)
     if relocate is not None:
         values = relocate(folder, values)
-    external = isinstance(values.get("backbone"), str)
     name = f"{cls.__name__} from {folder}"
-    if not external:
-        with _at_most(4 * len(shapes) + 64), torch.device("meta"):
+    fresh: list[str] = []
+    if isinstance(values.get("backbone"), str):
+        # how large the backbone is, only its own repository knows: what is beside it must fit this machine
+        with _at_most(50_000, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+            model = _construct(cls, values, folder)
+    else:
+        with _at_most(4 * len(shapes) + 64), torch.device("meta"), _Undrawn():
             plan = _construct(cls, values, folder)
         kept = plan.state_dict()
-        refuse_difference(name, kept, shapes, head=head)
+        fresh = refuse_difference(name, kept, shapes, head=head)
         tables = sum(b.nbytes for key, b in plan.named_buffers() if key not in kept)
         if tables > 2**30 + 64 * weights.stat().st_size:
             raise ZooError(f"{folder / CONFIG} asks for {tables / 2**30:.0f} GiB beside the weights. Is it damaged?")
-    model = _construct(cls, values, folder)
+        with contextlib.nullcontext() if fresh else _Undrawn():
+            model = _construct(cls, values, folder)
     own = model.state_dict()
     absent = own.keys() - model.saved_state_dict().keys()
     fresh = refuse_difference(name, own, shapes, absent, head)
@@ -275,6 +319,20 @@ def read(cls: type[M], folder: Path, overrides: dict[str, Any]) -> M:
         )
     nn.Module.load_state_dict(model, {**own, **state}, strict=True)
     return model.eval()
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves out the random numbers that a construction draws into parameters: those of the file come in their place.
+
+    Holds for one thread only, unlike a replaced `torch.nn.init`.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        target = args[0] if args else kwargs.get("tensor")
+        if isinstance(target, nn.Parameter) and getattr(func, "__name__", "") in DRAWS:
+            return target.detach().zero_()
+        return func(*args, **kwargs)
 
 
 class _Shape:
@@ -295,15 +353,20 @@ def _construct(cls: Any, values: dict[str, Any], folder: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _at_most(count: int) -> Iterator[None]:
-    """Stop a construction that registers more than the weights could fill (depth = 10**9)."""
-    left = {"parameters": count, "buffers": 10 * count, "modules": 10 * count}
+def _at_most(count: int, size: float = math.inf) -> Iterator[None]:
+    """Stop a construction that registers more than the weights could fill (depth = 10**9), or more bytes than ``size``.
+
+    Tensors register before they are initialised: until then the system only promises their memory.
+    """
+    left: dict[str, float] = {"parameters": count, "buffers": 10 * count, "modules": 10 * count, "bytes": size}
 
     def counter(kind: str) -> Callable[..., None]:
-        def step(*_: Any) -> None:
+        def step(_: Any, __: str, value: Any) -> None:
             left[kind] -= 1
-            if left[kind] < 0:
-                raise ZooError(f"The config asks for far more {kind} than the weights hold. Is it damaged?")
+            left["bytes"] -= value.nbytes if isinstance(value, torch.Tensor) and not value.is_meta else 0
+            if min(left[kind], left["bytes"]) < 0:
+                what = kind if left[kind] < 0 else "bytes"
+                raise ZooError(f"The config asks for far more {what} than the weights hold. Is it damaged?")
 
         return step
 

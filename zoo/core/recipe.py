@@ -1,6 +1,7 @@
 """Recipes: a paper's claim as a table that a command runs and judges."""
 
 import copy
+import gc
 import hashlib
 import importlib
 import json
@@ -198,6 +199,7 @@ def _arm(
     if metrics is None:
         source = base / f"{plan['from']}-{seed}" / "checkpoints" if plan.get("from") else None
         metrics = _run(name, plan, seed, base / f"{arm}-{seed}", source, accelerator, progress)
+        gc.collect()  # a trainer, its model and its data hold each other
         with atomic_write(done) as part:
             part.write_text(json.dumps({"key": key, "metrics": metrics}))
     line = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith("test/"))

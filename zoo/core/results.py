@@ -4,14 +4,18 @@ One file holds what ``zoo reproduce`` found (claim, checks, every value) and, fo
 ``python -m benchmarks parity`` and ``speed`` found. Nothing here is written by hand.
 """
 
+import ast
 import datetime
 import functools
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
+import re
 import time
+import tokenize
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +50,47 @@ def record(file: Path, content: dict[str, Any]) -> None:
 
 
 def fingerprint(name: str) -> str:
-    """Hash of the files that make a method: its code and its DataModule's."""
+    """Hash of the code that makes a method, without comments and docstrings.
+
+    That is its file, its DataModule's, and what these import from their family's folder.
+    """
     entry = catalogue.entry(name)
-    modules = catalogue.datamodules()
     files = [entry.toml.with_suffix(".py")]
-    module = modules.get(entry.facts["datamodule"])
+    module = catalogue.datamodules().get(entry.facts["datamodule"])
     if module is not None and module.startswith("zoo."):
         files.append(catalogue.ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py"))
+    package = re.escape(entry.module.rpartition(".")[0])
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes() if file.is_file() else b"")
+    for file in files:  # grows while it runs
+        code = bare(file.read_text(encoding="utf-8")) if file.is_file() else ""
+        digest.update(code.encode())
+        for beside in re.findall(rf"^ *from {package}\.(\w+) import", code, re.M):
+            other = entry.toml.with_name(f"{beside}.py")
+            files += [other] if other not in files else []
     return digest.hexdigest()[:16]
+
+
+def bare(source: str) -> str:
+    """Python source without comments, docstrings, blank lines and trailing whitespace.
+
+    They are cut out of the text by their positions, so that every version of Python gives the same.
+    """
+    lines, tree = source.split("\n"), ast.parse(source)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    cuts = [(t.start, t.end) for t in tokens if t.type == tokenize.COMMENT]
+    inside: set[int] = set()  # rows that end within a string: their whitespace counts
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            first, last = node.lineno, node.end_lineno or node.lineno  # ast counts columns in bytes
+            start = len(lines[first - 1].encode()[: node.col_offset].decode())
+            cuts.append(((first, start), (last, len(lines[last - 1].encode()[: node.end_col_offset].decode()))))
+        elif isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+            inside.update(range(node.lineno, node.end_lineno or node.lineno))
+    for (first, start), (last, end) in sorted(cuts, reverse=True):
+        inside.difference_update(range(first, last))
+        lines[first - 1 : last] = [lines[first - 1][:start] + lines[last - 1][end:], *[""] * (last - first)]
+    kept = [line if row in inside else line.rstrip() for row, line in enumerate(lines, 1)]
+    return "\n".join(line for row, line in enumerate(kept, 1) if line or row in inside)
 
 
 def is_stale(name: str, evidence: dict[str, Any]) -> bool:

@@ -1,1 +1,1 @@
-"""Another package's method, as a third party would write one; `tests/hub/conftest.py` registers it."""
+"""Another package's method, as a third party would write one; `tests/conftest.py` registers it."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.core import ZooDataModule, ZooError, ZooModule, atomic_write
+from zoo.core import ZooDataModule, ZooError, ZooModule, atomic_write, check_finite
 
 
 class Affine(ZooModule):
@@ -73,7 +73,17 @@ class Affine(ZooModule):
         self.log("test/loss", F.cross_entropy(self(batch["x"]), batch["label"]), batch_size=len(batch["x"]))
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        return {"name": batch["name"], "label": self.predict(batch["x"]).argmax(-1)}
+        logits = self.predict(batch["x"])
+        return {"name": batch["name"], "logits": logits, "label": logits.argmax(-1)}
+
+    def predict(self, x: Tensor) -> Tensor:
+        check_finite(x, "x")
+        if x.ndim != 2 or x.shape[1] != self.hparams.width:
+            raise ValueError(f"'x' has shape {tuple(x.shape)}; expected (batch, {self.hparams.width}).")
+        return super().predict(x)
+
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        return (torch.ones(2, self.hparams.width, device=self.device),)
 
 
 class _Points(torch.utils.data.Dataset):
@@ -94,9 +104,11 @@ class _Points(torch.utils.data.Dataset):
 class AffineDataModule(ZooDataModule):
     """Clouds of points. Batch: "x": (b, width); "label": (b,), whole numbers from 0; "name": list[str].
 
-    root=DIR: DIR/points.csv, a row a point, its label in the last column.
+    root=None: clouds drawn from the seed. root=DIR: DIR/points.csv, a row a point, its label in the last column.
 
     Args:
+        root, batch_size, num_workers, seed: as in every DataModule.
+        width: features of the generated points.
         pause: seconds that reading a point takes.
     """
 
@@ -126,6 +138,9 @@ class AffineDataModule(ZooDataModule):
         names = [str(i) for i in range(len(rows))]
         points = _Points(rows[:, :-1], rows[:, -1].long(), names, self.pause)
         return {"train": points, "val": points, "test": points}
+
+    def describe(self) -> dict[str, Any]:
+        return {"width": self.width}
 
     def _cloud(self, size: int, seed: int) -> _Points:
         draw = torch.Generator().manual_seed(seed)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.contract.case import case, every_method, tensors
 from zoo.core import ZooDataModule, ZooModule, catalogue
 from zoo.core.recipe import recipe
+from zoo.testing.contract.case import case, every_method, tensors
 
 STRINGS = ("class", "title", "venue", "arxiv", "code", "code_licence", "summary", "task", "pipeline_tag", "datamodule")
 CAPABILITIES = {"batch", "meta", "bf16", "compile", "export", "onnx", "ddp"}

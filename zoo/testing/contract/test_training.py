@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tests.contract.case import (
+from zoo.core import ZooError
+from zoo.testing.contract.case import (
     Case,
     Run,
     Watch,
@@ -24,7 +25,6 @@ from tests.contract.case import (
     tensors,
     trainer,
 )
-from zoo.core import ZooError
 
 
 @pytest.fixture

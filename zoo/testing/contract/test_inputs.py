@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.contract.case import Case, arguments, case, count, every_method, replaced, rows, same, tensors
 from zoo.core import ZooError
+from zoo.testing.contract.case import Case, arguments, case, count, every_method, replaced, rows, same, tensors
 
 REFUSED = (ValueError, ZooError)
 

@@ -1,5 +1,6 @@
 """The second tier: bf16, torch.compile, torch.export, ONNX, two processes. What is listed as missing is tried too."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.contract.case import Case, case, every_method, quietly, same, trainer
+from zoo.testing.contract.case import Case, case, every_method, quietly, same, trainer
 
 pytestmark = pytest.mark.slow
 
@@ -96,7 +97,7 @@ def test_exports_to_onnx(name: str, tmp_path: Path) -> None:
 
 WORKER = """
 import sys, torch
-from tests.contract.case import case, quietly, trainer
+from zoo.testing.contract.case import case, quietly, trainer
 one = case(sys.argv[1])
 model = one.tiny()
 with quietly():
@@ -114,11 +115,9 @@ def test_two_processes_end_with_equal_weights(name: str, tmp_path: Path) -> None
         script = tmp_path / "worker.py"
         script.write_text(WORKER)
         strategy = one.facts.get("trainer", {}).get("strategy", "ddp")
-        root = Path(__file__).parents[2]
         done = subprocess.run(
             [sys.executable, str(script), name, str(tmp_path), strategy],
-            cwd=root,
-            env={**__import__("os").environ, "PYTHONPATH": str(root)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             capture_output=True,
             text=True,
             timeout=240,
