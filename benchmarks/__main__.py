@@ -204,6 +204,7 @@ def checkpoint(args: argparse.Namespace) -> dict[str, Any]:
     import shutil
 
     from zoo.core import recipe
+    from zoo.core.card import of_checkpoint
 
     entry = catalogue.entry(args.name)
     name = entry.facts["class"]
@@ -231,16 +232,7 @@ def checkpoint(args: argparse.Namespace) -> dict[str, Any]:
     place = catalogue.ROOT.parent / "hub" / args.path
     part = place.with_name(f".{args.path}")
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(
-        part,
-        repo_id=f"paper-zoo/{args.path}",
-        metrics=figures,
-        dataset=point.get("dataset", "the embedded set"),
-        datasets=point.get("datasets"),
-        trained_on=point.get("trained_on"),
-        recipe=point.get("command", f"zoo reproduce {label} --arms {arm} --seeds 1"),
-        limits=point.get("limits"),
-    )
+    model.save_pretrained(part, **of_checkpoint(name, point, figures))
     if sum(f.stat().st_size for f in part.iterdir()) > 12 * 2**20:
         raise ZooError(f"{part} is larger than 12 MB.")
     shutil.rmtree(place, ignore_errors=True)

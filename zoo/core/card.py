@@ -133,6 +133,21 @@ def model_card(
     return ModelCard(text)
 
 
+def of_checkpoint(name: str, point: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
+    """The arguments of `model_card` for a checkpoint of the catalogue."""
+    dataset, arm = point["recipe"], point["arm"]
+    label = name if dataset == "default" else f"{name}@{dataset}"
+    return {
+        "repo_id": f"{hub.ORGANISATION}/{point['path']}",
+        "metrics": metrics,
+        "dataset": point.get("dataset", "the embedded set"),
+        "datasets": point.get("datasets"),
+        "trained_on": point.get("trained_on"),
+        "recipe": point.get("command", f"zoo reproduce {label} --arms {arm} --seeds 1"),
+        "limits": point.get("limits"),
+    }
+
+
 def snippet(name: str, repo_id: str) -> str:
     """The lines that load and use a checkpoint."""
     try:

@@ -1,4 +1,4 @@
-"""Writes what follows from the catalogue: the ``.pyi`` faces and METHODS.md. ``--check`` only compares.
+"""Writes what follows from the catalogue: ``.pyi`` faces, METHODS.md, the cards in hub/. ``--check`` only compares.
 
 python -m zoo.core.generate [--check]
 """
@@ -33,7 +33,7 @@ def methods() -> str:
         "",
         "Generated from the catalogue by `python -m zoo.core.generate`. *Parity* is the largest relative difference",
         "from the authors' code in float32; *claim* is what `zoo reproduce NAME` found; *speed* is the authors' time",
-        "over ours.",
+        "over ours; *stale*: the code has changed since.",
         "",
         "| method | paper | place | fidelity | parity | claim | speed | checkpoints |",
         "|---|---|---|---|---|---|---|---|",
@@ -53,6 +53,7 @@ def methods() -> str:
         ]
         claims = [
             f"{label.partition('@')[2] or 'embedded'}: {NAMED[found.get('holds')]}"
+            + (" (stale)" if results.is_stale(label, found) else "")
             for label, found in everything.items()
             if label.split("@")[0] == name and "holds" in found
         ]
@@ -71,10 +72,28 @@ def methods() -> str:
     return "\n".join(rows) + "\n"
 
 
+def cards() -> dict[Path, str]:
+    """The model card of each checkpoint under hub/, with the figures that it has."""
+    from huggingface_hub import ModelCard
+
+    from zoo.core import load
+    from zoo.core.card import model_card, of_checkpoint
+
+    found = {}
+    for name in catalogue.names():
+        for point in catalogue.facts(name).get("checkpoints", []):
+            path = catalogue.ROOT.parent / "hub" / point["path"] / "README.md"
+            if point["status"] == "local" and path.is_file():
+                rows = ModelCard.load(path).data.eval_results or []
+                figures = {f"test/{row.metric_type}": row.metric_value for row in rows}
+                found[path] = str(model_card(name, load(path.parent), **of_checkpoint(name, point, figures)))
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     """Write the generated files, or with ``--check`` name those that are stale and return 1."""
     check = "--check" in (sys.argv[1:] if argv is None else argv)
-    files = {**faces(), catalogue.ROOT.parent / "METHODS.md": methods()}
+    files = {**faces(), catalogue.ROOT.parent / "METHODS.md": methods(), **cards()}
     stale = [path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if check:
