@@ -11,7 +11,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 GROUPS = {"planetoid": "planetoid", "recsys": "recsys", "restoration": "restoration", "timeseries": "timeseries"}
-GROUPS["text"] = "text_classification"
+GROUPS |= {"text": "text_classification", "heterophily": "heterophily", "tu": "tu_graphs", "skeleton": "jhmdb_skeleton"}
 
 
 def main(argv: list[str]) -> int:

@@ -229,7 +229,7 @@ def test_checkpoint_of_another_size(Affine, trained, fails):
     line = fails("fit", "Affine", *SMALL, "--model.depth", "5", "--from", "deep")
     assert "do not fit this model" in line
     (Path("deep") / "model.safetensors").write_bytes(b"")
-    assert "not a readable safetensors file" in fails("test", "Affine", *SMALL, "--ckpt_path", "deep")
+    assert "is not the file that config.json was saved with" in fails("test", "Affine", *SMALL, "--ckpt_path", "deep")
 
 
 def test_last_with_nothing_there_is_an_error(Affine, fails, tmp_path):

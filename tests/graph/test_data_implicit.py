@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from zoo.core import ZooError
-from zoo.graph.recommendation.data_implicit import ImplicitCFDataModule, communities
+from zoo.graph.recommendation.data_implicit import ImplicitCFDataModule, communities, interests
 from zoo.graph.recommendation.nescl import NESCL
 
 
@@ -107,7 +107,7 @@ def test_lightgcn_odd_data_is_named(tmp_path, train, test, message):
 
 
 def test_missing_files_say_what_is_expected(tmp_path):
-    with pytest.raises(FileNotFoundError, match="expects one of three layouts"):
+    with pytest.raises(FileNotFoundError, match="expects one of four layouts"):
         ImplicitCFDataModule(str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match=r"expected train.txt and test.txt \(LightGCN\).*found none of them"):
         ImplicitCFDataModule(str(tmp_path)).setup()
@@ -318,3 +318,85 @@ def test_gowalla_is_the_published_split():
     data = ImplicitCFDataModule(str(Path(os.environ["ZOO_DATA"]) / "gowalla"), val_fraction=0.0)
     assert data.describe() == {"num_users": 29858, "num_items": 40981, "num_interactions": 810128}
     assert sum(len(v) for v in held_out(data, "test").values()) == 217242
+
+
+# ---- LibCML's layout -------------------------------------------------------------------------------------------------
+
+
+def test_libcml_layout_splits_as_its_authors(tmp_path, caplog):
+    rows = [list(range(u, u + 5 + u)) for u in range(6)]
+    lines = "".join(f"{len(r)} {' '.join(map(str, reversed(r)))}\n" for r in [*rows, [0, 1]])
+    (tmp_path / "users.dat").write_text(lines)
+    with caplog.at_level(logging.WARNING):
+        data = ImplicitCFDataModule(str(tmp_path), seed=5)
+        assert data.describe()["num_users"] == 6 and data.describe()["num_items"] == 15
+    assert "1 of 7 users have fewer than 5 items; left out" in caplog.text
+    np.random.seed(1234)  # theirs, step by step
+    for user, row in enumerate(rows):
+        np.random.shuffle(row)
+        a, b = int(len(row) * 3 / 5), int(len(row) * 1 / 5)
+        assert {i for u, i in pairs(data) if u == user} == set(row[:a])
+        assert held_out(data, "val")[str(user)] == set(row[a : a + b])
+        assert held_out(data, "test")[str(user)] == set(row[a + b :])
+
+
+@pytest.mark.parametrize("line", ["3 1 2\n", "x 1\n", "2 1 -4\n"])
+def test_libcml_odd_lines_are_named(tmp_path, line):
+    (tmp_path / "users.dat").write_text("5 0 1 2 3 4\n" + line)
+    with pytest.raises(ZooError, match=r"users.dat, line 2: expected 'count item item ...'"):
+        ImplicitCFDataModule(str(tmp_path)).setup()
+    (tmp_path / "users.dat").write_text("2 0 1\n")
+    with pytest.raises(ZooError, match="holds no user with 5 items"):
+        ImplicitCFDataModule(str(tmp_path)).setup()
+
+
+def test_validation_items_can_be_ranked(tmp_path):
+    root = lightgcn(tmp_path / "d", TRAIN, TEST, val="0 5\n")
+    hidden, ranked = ImplicitCFDataModule(str(root)), ImplicitCFDataModule(str(root), hide_validation=False)
+    assert next(iter(hidden.test_dataloader()))["seen"].tolist() == [[5], [-1]]
+    assert next(iter(ranked.test_dataloader()))["seen"].shape == (2, 0)
+
+
+# ---- planted interests -----------------------------------------------------------------------------------------------
+
+
+def test_planted_interests_are_distinct_and_unequal():
+    found, minor = interests(seed=3, users=40)
+    assert found.shape == (2, 40 * 22) and minor.shape == (40 * 22,)
+    assert len({tuple(p) for p in found.T.tolist()}) == 40 * 22
+    for user in range(40):
+        mine = found[0] == user
+        clusters = found[1, mine] % 18
+        counts = torch.bincount(clusters, minlength=18).sort(descending=True).values
+        assert counts[counts > 0].tolist() == ([16, 6] if user % 2 == 0 else [13, 5, 4])
+        largest = torch.bincount(clusters, minlength=18).argmax()
+        assert torch.equal(minor[mine], clusters != largest)
+    assert torch.equal(interests(seed=3, users=40)[0], found) and not torch.equal(interests(4, users=40)[0], found)
+
+
+def test_minority_marks_the_lesser_interests():
+    data = ImplicitCFDataModule(planted="interests", val_fraction=0.2, batch_size=600)
+    assert data.describe() == {"num_users": 600, "num_items": 360, "num_interactions": 600 * 14}
+    batch = next(iter(data.test_dataloader()))
+    both = torch.zeros(600, 18, dtype=torch.int64)
+    for row in data.interactions().T.tolist():
+        both[row[0], row[1] % 18] += 1
+    largest = both.argmax(1)  # by training items: for nearly all users also the planted one
+    real = batch["target"] >= 0
+    assert batch["minority"].shape == batch["target"].shape and not batch["minority"][~real].any()
+    agree = batch["minority"] == (batch["target"] % 18 != largest[batch["user"], None])
+    assert float(agree[real].float().mean()) > 0.97
+    assert "minority" not in next(iter(ImplicitCFDataModule().test_dataloader()))
+    with pytest.raises(ValueError, match="planted is 'taste'; expected communities or interests"):
+        ImplicitCFDataModule(planted="taste")
+
+
+@pytest.mark.skipif("ZOO_DATA" not in os.environ, reason="needs $ZOO_DATA/libcml_ml-100k")
+@pytest.mark.parametrize(("name", "sizes"), [("ml-100k", (938, 1675, 32844)), ("steam-200k", (3757, 5113, 67653))])
+def test_published_libcml_splits(name, sizes):
+    root = Path(os.environ["ZOO_DATA"]) / f"libcml_{name}"
+    if not root.is_dir():
+        pytest.skip(f"{root} is not there")
+    data = ImplicitCFDataModule(str(root), hide_validation=False)
+    assert tuple(data.describe().values()) == sizes
+    assert data.val_dataloader() and data.test_dataloader()

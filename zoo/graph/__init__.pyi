@@ -1,4 +1,11 @@
+from .node.data_graphs import GraphClassificationDataModule as GraphClassificationDataModule
 from .node.data_nodes import NodeClassificationDataModule as NodeClassificationDataModule
 from .node.lagnn import LAGNN as LAGNN
+from .node.n2 import N2 as N2
+from .physics.data_optical_sensing import OpticalSensingDataModule as OpticalSensingDataModule
+from .physics.deep_quantum_sensing import DeepQuantumSensing as DeepQuantumSensing
 from .recommendation.data_implicit import ImplicitCFDataModule as ImplicitCFDataModule
+from .recommendation.dpcml import DPCML as DPCML
 from .recommendation.nescl import NESCL as NESCL
+from .skeleton.data_skeleton import SkeletonActionDataModule as SkeletonActionDataModule
+from .skeleton.stigcn import STIGCN as STIGCN

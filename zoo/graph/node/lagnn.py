@@ -922,9 +922,10 @@ class LAGNN(ZooModule):
 
 
 def pretrain_generator(folder: Path, seed: int, root: str | None = None, **model: Any) -> None:
-    """Stage 1 alone on a graph (``root`` as in the DataModule): writes ``generator.safetensors`` for ``LAGNN(generator_file=...)``.
+    """Stage 1 alone: writes ``generator.safetensors`` into ``folder``, for ``LAGNN(generator_file=...)``.
 
     Args:
+        root: the graph's folder, as in the DataModule.
         model: hyperparameters of `LAGNN`; sizes that the graph tells may be left out.
     """
     from zoo.core.recipe import build

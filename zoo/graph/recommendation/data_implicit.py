@@ -16,6 +16,7 @@ from zoo.core import ZooDataModule, ZooError, atomic_write, seed_from
 log = logging.getLogger(__name__)
 
 SPLITS = ("random", "time", "leave_one_out")
+PLANTED = ("communities", "interests")
 COLUMNS = {
     "user": ("user", "user_id", "userid", "uid"),
     "item": ("item", "item_id", "itemid", "iid", "movie_id"),
@@ -55,10 +56,19 @@ class Pairs(Dataset):
 
 
 class Ranking(Dataset):
-    """Users to rank all items for, with their held-out items."""
+    """Users to rank all items for, with their held-out items; ``minor`` are pairs of a user and a lesser interest."""
 
-    def __init__(self, users: Tensor, names: list[str], graph: Tensor, target: Tensor | None, seen: Tensor | None):
+    def __init__(
+        self,
+        users: Tensor,
+        names: list[str],
+        graph: Tensor,
+        target: Tensor | None,
+        seen: Tensor | None,
+        minor: Tensor | None = None,
+    ):
         self.users, self.names, self.graph = users, names, graph
+        self.minor = None if minor is None else _Ragged(minor)
         self.target = None if target is None else _Ragged(target)
         self.seen = None if seen is None else _Ragged(seen)
 
@@ -71,6 +81,10 @@ class Ranking(Dataset):
         if self.target is not None:
             batch["target"] = self.target.padded(user)
             batch["seen"] = user.new_empty(len(user), 0) if self.seen is None else self.seen.padded(user)
+            if self.minor is not None:
+                minor = self.minor.padded(user)
+                same = batch["target"][:, :, None] == minor[:, None].where(minor[:, None] >= 0, -2)
+                batch["minority"] = same.any(2)
         return batch
 
 
@@ -98,20 +112,22 @@ class ImplicitCFDataModule(ZooDataModule):
     """Implicit feedback. Batch for training: "user", "item", "negative": (b,) int64, and "graph": (2, e) int64, all
     training interactions (the same tensor every time). For validation, test and prediction: "user": (b,); "name":
     list[str], the users' own ids; "target" (b, t) and "seen" (b, s), held-out items and further items to leave out of
-    the ranking, padded with -1; "graph".
+    the ranking, padded with -1; "graph"; with planted interests "minority": (b, t) bool, the targets outside their
+    user's largest interest.
 
-    root=None: 600 users and 400 items in 8 communities, drawn from the seed; 15 items a user, 85 % of them from its own
-    community.
+    root=None: drawn from the seed. 600 users and 400 items in 8 communities, 15 items a user, 85 % of them from its own
+    community; or (``planted="interests"``) 600 users with two or three interests of unequal size among 18, 360 items.
 
-    root=DIR: one of three layouts. LightGCN's: DIR/train.txt and DIR/test.txt, one user a line, "user item item ...",
+    root=DIR: one of four layouts. LightGCN's: DIR/train.txt and DIR/test.txt, one user a line, "user item item ...",
     numbers from 0 (optional: DIR/val.txt in the same form; DIR/user_list.txt and DIR/item_list.txt, "org_id remap_id",
-    for names). RecBole's: DIR/NAME.inter, tab-separated with typed header ("user_id:token item_id:token rating:float
-    timestamp:float"). Your own: one DIR/*.csv with a header of user,item[,time][,rating], any ids.
+    for names). LibCML's: DIR/users.dat, one user a line, "count item item ...", split 3:1:1 exactly as published
+    (whatever the seed). RecBole's: DIR/NAME.inter, tab-separated with typed header ("user_id:token item_id:token
+    rating:float timestamp:float"). Your own: one DIR/*.csv with a header of user,item[,time][,rating], any ids.
 
     What happens to odd data: repeated pairs count once; a held-out pair that is also in training is dropped; a rating
     column needs ``min_rating``; users with too few interactions for a split stay in training; a LightGCN user without a
-    training item is refused, one without a test item is not evaluated; an item without a training interaction is ranked
-    like any other. Each is logged with its count.
+    training item is refused, one without a test item is not evaluated; a LibCML user with fewer than 5 items is left
+    out; an item without a training interaction is ranked like any other. Each is logged with its count.
 
     Licences: Gowalla (SNAP) states none; the generated set is this library's.
 
@@ -130,6 +146,9 @@ class ImplicitCFDataModule(ZooDataModule):
         min_rating: with ratings, those at least this high count as interactions; 0 takes all.
         user_limit: in LightGCN's layout, keep only the first so many users and the items they have in training: a
             smaller set for a smaller budget. Not the published split any more.
+        hide_validation: leave the validation items out of the test ranking; False ranks them among the others, as
+            LibCML's evaluation does.
+        planted: what the generated set holds, ``"communities"`` or ``"interests"``, see above.
     Raises:
         FileNotFoundError: if a file is missing.
         ZooError: if a file is malformed, naming the line, or nothing would be left to train on.
@@ -140,7 +159,7 @@ class ImplicitCFDataModule(ZooDataModule):
         (torch.Size([4]), torch.Size([2, 6600]))
     """
 
-    embedded = "600 users and 400 items in 8 generated communities"
+    embedded = "generated users and items in communities (or users with several interests, planted='interests')"
 
     def __init__(
         self,
@@ -153,6 +172,8 @@ class ImplicitCFDataModule(ZooDataModule):
         val_fraction: float = 0.1,
         min_rating: float | None = None,
         user_limit: int | None = None,
+        hide_validation: bool = True,
+        planted: str = "communities",
     ):
         super().__init__(root, batch_size, num_workers, seed)
         self.save_hyperparameters()
@@ -165,11 +186,15 @@ class ImplicitCFDataModule(ZooDataModule):
             )
         if user_limit is not None and user_limit < 1:
             raise ValueError(f"user_limit is {user_limit}; it must be at least 1, or None for all users.")
+        if planted not in PLANTED:
+            raise ValueError(f"planted is {planted!r}; expected {' or '.join(PLANTED)}.")
         self.split, self.test_fraction, self.val_fraction = split, test_fraction, val_fraction
+        self.hide_validation, self.planted = hide_validation, planted
         self.min_rating, self.user_limit = min_rating, user_limit
         self.user_names: list[str] = []
         self.item_names: list[str] = []
         self._graph: Tensor | None = None
+        self._minor: Tensor | None = None
 
     # ---- building -----------------------------------------------------------------------------------------------
 
@@ -192,26 +217,35 @@ class ImplicitCFDataModule(ZooDataModule):
         self._graph = train
         sets: dict[str, Dataset] = {"train": Pairs(train, users, items, train)}
         if held["val"].shape[1]:
-            sets["val"] = Ranking(held["val"][0].unique(), self.user_names, train, held["val"], None)
+            users_in = held["val"][0].unique()
+            sets["val"] = Ranking(users_in, self.user_names, train, held["val"], None, self._minor)
         if held["test"].shape[1]:
-            also = held["val"] if held["val"].shape[1] else None
-            sets["test"] = Ranking(held["test"][0].unique(), self.user_names, train, held["test"], also)
+            also = held["val"] if held["val"].shape[1] and self.hide_validation else None
+            users_in = held["test"][0].unique()
+            sets["test"] = Ranking(users_in, self.user_names, train, held["test"], also, self._minor)
         return sets
 
     def _load(self) -> dict[str, Tensor]:
         """(2, n) pairs by split, and the names."""
         if self.root is None:
-            self.user_names = [f"user{u}" for u in range(600)]
-            self.item_names = [f"item{i}" for i in range(400)]
-            return self._hold_out(communities(self.seed), None)
+            users, items = (600, 400) if self.planted == "communities" else (600, 360)
+            self.user_names = [f"user{u}" for u in range(users)]
+            self.item_names = [f"item{i}" for i in range(items)]
+            if self.planted == "communities":
+                return self._hold_out(communities(self.seed), None)
+            pairs, minor = interests(self.seed)
+            self._minor = pairs[:, minor]
+            return self._hold_out(pairs, None)
         if (self.root / "train.txt").exists():
             return self._lightgcn()
+        if (self.root / "users.dat").exists():
+            return self._libcml()
         tables = sorted(self.root.glob("*.inter")) or sorted(self.root.glob("*.csv"))
         if len(tables) != 1:
             found = ", ".join(p.name for p in tables) or "none of them"
             raise FileNotFoundError(
-                f"{self.root}: expected train.txt and test.txt (LightGCN), one NAME.inter (RecBole), or one .csv with "
-                f"columns user,item[,time]; found {found}."
+                f"{self.root}: expected train.txt and test.txt (LightGCN), users.dat (LibCML), one NAME.inter "
+                f"(RecBole), or one .csv with columns user,item[,time]; found {found}."
             )
         pairs, time, self.user_names, self.item_names = _read_table(tables[0], self.min_rating)
         return self._hold_out(pairs, time)
@@ -244,6 +278,32 @@ class ImplicitCFDataModule(ZooDataModule):
             share = _share(torch.bincount(train[0]), self.val_fraction)
             return {**self._cut(train, None, share, 0 * share), "test": test}
         return {"train": train, "val": val, "test": test}
+
+    def _libcml(self) -> dict[str, Tensor]:
+        """Split every user's items 3:1:1 with numpy's old generator, seeded as the authors seed it."""
+        assert self.root is not None
+        path, rows, few = self.root / "users.dat", [], 0
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            words = line.split()
+            if not all(word.isdigit() for word in words) or (words and int(words[0]) != len(words) - 1):
+                raise ZooError(f"{path}, line {number}: expected 'count item item ...', got {line[:60]!r}.")
+            found = sorted({int(word) for word in words[1:]})
+            few += len(found) < 5
+            if len(found) >= 5:
+                rows.append(found)
+        if few:
+            log.warning("%d of %d users have fewer than 5 items; left out.", few, few + len(rows))
+        if not rows:
+            raise ZooError(f"{path} holds no user with 5 items.")
+        self.user_names = [str(u) for u in range(len(rows))]
+        self.item_names = [str(i) for i in range(max(row[-1] for row in rows) + 1)]
+        random, parts = np.random.RandomState(1234), {"train": [], "val": [], "test": []}
+        for user, row in enumerate(rows):
+            random.shuffle(row)
+            train, val = len(row) * 3 // 5, len(row) // 5
+            for name, some in (("train", row[:train]), ("val", row[train : train + val]), ("test", row[train + val :])):
+                parts[name] += [(user, item) for item in some]
+        return {name: torch.tensor(found, dtype=torch.int64).T.contiguous() for name, found in parts.items()}
 
     def _hold_out(self, pairs: Tensor, time: Tensor | None) -> dict[str, Tensor]:
         """Split by user into training, validation and test."""
@@ -493,3 +553,30 @@ def communities(
     weight = torch.where(inside, own / inside.sum(1, keepdim=True), 0.0) + (1 - own) / items
     drawn = torch.multinomial(weight, clicks, generator=generator)
     return torch.stack([torch.arange(users).repeat_interleave(clicks), drawn.flatten()])
+
+
+def interests(
+    seed: int,
+    users: int = 600,
+    clusters: int = 18,
+    size: int = 20,
+    shares: tuple[tuple[int, ...], ...] = ((16, 6), (13, 5, 4)),
+) -> tuple[Tensor, Tensor]:
+    """Interactions of users with several interests of unequal size.
+
+    Items come in clusters; user u has as many of them, drawn at random, as ``shares[u % len(shares)]`` has entries, and
+    from each as many distinct items as the entry says.
+
+    Shapes:
+        returns: (2, e) pairs of user and item, each once; (e,) bool, True outside the user's first, largest interest
+    """
+    generator = torch.Generator().manual_seed(seed_from(seed, "interests"))
+    pairs, minor = [], []
+    for user in range(users):
+        clicks = shares[user % len(shares)]
+        chosen = torch.randperm(clusters, generator=generator)[: len(clicks)].tolist()
+        for place, (cluster, count) in enumerate(zip(chosen, clicks, strict=True)):
+            items = torch.randperm(size, generator=generator)[:count] * clusters + cluster
+            pairs.append(torch.stack([torch.full_like(items, user), items]))
+            minor.append(torch.full((count,), place > 0))
+    return torch.cat(pairs, dim=1), torch.cat(minor)

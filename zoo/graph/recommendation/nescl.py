@@ -23,20 +23,20 @@ import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.core import ZooError, ZooModule, unwrap
-from zoo.nn.ranking import NDCGAtK, RecallAtK
+from zoo.core import ZooError, unwrap
+from zoo.graph.recommendation.recommender import Interactions, Recommender, identity, spans
 
 # ---- the graph -------------------------------------------------------------------------------------------------------
 
 
-class InteractionGraph(nn.Module):
+class InteractionGraph(Interactions):
     """The bipartite graph of the training interactions, and each node's most similar nodes of its own kind.
 
     Stored once, as rows of a symmetric adjacency in CSR: row u lists the items of user u (as m + item), row m + i the
@@ -51,7 +51,6 @@ class InteractionGraph(nn.Module):
         rows: (v + 1,); columns, edges: (2e,), ``edges`` says which interaction an entry is
     """
 
-    interactions: Tensor
     neighbours: Tensor
     similarity: Tensor
     count: Tensor
@@ -60,31 +59,20 @@ class InteractionGraph(nn.Module):
     edges: Tensor
 
     def __init__(self, users: int, items: int, interactions: int, neighbours: int):
-        super().__init__()
-        self.users, self.items, self.size = users, items, users + items
+        super().__init__(users, items, interactions)
+        self.size = users + items
         v, e = self.size, interactions
-        # 32 bits: half the memory, and what the sparse kernels want
-        self.register_buffer("interactions", torch.full((2, e), -1, dtype=torch.int32))
         self.register_buffer("neighbours", torch.arange(v, dtype=torch.int32)[:, None].repeat(1, neighbours))
         self.register_buffer("similarity", torch.zeros(v, neighbours))
         self.register_buffer("count", torch.ones(v, dtype=torch.int32))
         self.register_buffer("rows", torch.zeros(v + 1, dtype=torch.int32), persistent=False)
         self.register_buffer("columns", torch.zeros(2 * e, dtype=torch.int32), persistent=False)
         self.register_buffer("edges", torch.zeros(2 * e, dtype=torch.int32), persistent=False)
-        self.ready = False
-        self.register_load_state_dict_post_hook(InteractionGraph._loaded)
 
-    def set(self, interactions: Tensor) -> None:
-        """Take the interactions, a (2, e) integer tensor of users and items in any order.
-
-        Raises:
-            ValueError: if they are not e distinct pairs in range, or a user has none.
-        """
-        pairs = self._checked(interactions)
-        device = self.interactions.device
-        order = torch.argsort(pairs[0] * self.items + pairs[1])
-        pairs = pairs[:, order].to(device)
-        self.interactions.copy_(pairs)
+    def set(self, interactions: Tensor) -> Tensor:
+        """As for `Interactions`; also finds the neighbours."""
+        pairs = super().set(interactions)
+        device = pairs.device
         k = self.neighbours.shape[1]
         for offset, size, others in ((0, self.users, self.items), (self.users, self.items, self.users)):
             near, value = most_similar(pairs.flip(0) if offset else pairs, size, others, k)
@@ -97,46 +85,12 @@ class InteractionGraph(nn.Module):
             self.neighbours[part] = (near + offset).int()
             self.similarity[part] = value
             self.count[part] = count.clamp(min=1).int()
-        self._index()
-
-    def _checked(self, interactions: Tensor) -> Tensor:
-        e = self.interactions.shape[1]
-        if interactions.ndim != 2 or interactions.shape[0] != 2 or interactions.is_floating_point():
-            raise ValueError(
-                f"interactions have shape {tuple(interactions.shape)} and type {interactions.dtype}; expected (2, {e}) "
-                "integers: users in row 0, items in row 1. For ratings, keep the pairs that count as positive."
-            )
-        if interactions.shape[1] != e:
-            raise ValueError(
-                f"{interactions.shape[1]} interactions came, the model was built for {e}. Build it with "
-                f"num_interactions={interactions.shape[1]} (ImplicitCFDataModule.describe() has all three sizes)."
-            )
-        pairs = interactions.long()
-        for name, row, size in (("user", pairs[0], self.users), ("item", pairs[1], self.items)):
-            low, high = int(row.min()), int(row.max())
-            if low < 0 or high >= size:
-                raise ValueError(f"{name} ids run from {low} to {high}; the model was built for 0 to {size - 1}.")
-        distinct = torch.unique(pairs[0] * self.items + pairs[1]).numel()
-        if distinct != e:
-            raise ValueError(f"{e - distinct} of {e} interactions are repeated; give each (user, item) pair once.")
-        empty = (torch.bincount(pairs[0], minlength=self.users) == 0).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(
-                f"{len(empty)} users have no interaction (first: {empty[:3]}): the graph says nothing about them. "
-                "Leave them out and number the others 0, 1, ..."
-            )
         return pairs
-
-    @staticmethod
-    def _loaded(graph: "InteractionGraph", _: Any) -> None:
-        graph._index()
 
     def _index(self) -> None:
         """Derive the CSR rows from the interactions (also after loading)."""
-        if self.interactions.is_meta:
-            return
-        self.ready = bool((self.interactions >= 0).all())
-        if not self.ready:
+        super()._index()
+        if not self.ready or self.interactions.is_meta:
             return
         user, item = self.interactions
         by_item = torch.argsort(item, stable=True)
@@ -171,15 +125,6 @@ class InteractionGraph(nn.Module):
         if self.interactions.is_meta or torch.compiler.is_exporting():
             return self.multiply(torch.ones(self.size, 1, device=self.rows.device))[:, 0]
         return self.rows.diff().float()
-
-    def seen(self, user: Tensor) -> tuple[Tensor, Tensor]:
-        """The items of users, as (position in ``user``, item): two vectors of the same length."""
-        start = self.rows[user].long()
-        count = self.rows[user + 1].long() - start
-        total = int(count.sum())
-        at = torch.arange(len(user), device=user.device).repeat_interleave(count, output_size=total)
-        first = (start - count.cumsum(0) + count)[at]
-        return at, self.columns[first + torch.arange(total, device=user.device)].long() - self.users
 
 
 def most_similar(pairs: Tensor, size: int, others: int, k: int, block: int = 2**22) -> tuple[Tensor, Tensor]:
@@ -363,7 +308,7 @@ class _RowLogSumExp(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, bound: float) -> Tensor:
         # CPU: 8 MiB, a block that stays in the cache is twice as fast. Elsewhere: 128 MiB, few launches.
         ctx.rows = max(1, (2**21 if q.device.type == "cpu" else 2**25) // len(k))
-        parts = [q[part] for part in _spans(len(q), ctx.rows)]
+        parts = [q[part] for part in spans(len(q), ctx.rows)]
         if bound <= 30:  # exp(-60) of a sum's largest term is still a float32 like any other
             bounds = [q.new_full((1, 1), -bound).expand(len(p), len(k)) for p in parts]
             result = torch.cat([torch.addmm(b, p, k.t()).exp_().sum(1) for b, p in zip(bounds, parts, strict=True)])
@@ -377,15 +322,11 @@ class _RowLogSumExp(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, result = ctx.saved_tensors
         dq, dk = torch.empty_like(q), torch.zeros_like(k)
-        for part in _spans(len(q), ctx.rows):
+        for part in spans(len(q), ctx.rows):
             weight = torch.addmm(-result[part, None], q[part], k.t()).exp_().mul_(gradient[part, None])
             dq[part] = weight @ k
             dk.addmm_(weight.t(), q[part])
         return dq, dk, None
-
-
-def _spans(size: int, step: int) -> list[slice]:
-    return [slice(low, low + step) for low in range(0, size, step)]
 
 
 def contrastive_loss(
@@ -452,11 +393,6 @@ def contrastive_loss(
     return -(torch.logsumexp(logs, dim=1) - math.log(len(terms))).mean()
 
 
-def _identity(*tensors: Tensor) -> list[Any]:
-    """Changes when a tensor moves or is written to."""
-    return [(t.device, t.data_ptr(), t._version) for t in tensors]
-
-
 POSITIVES = ("self", "interacted", "neighbour")
 VARIANTS = ("mean_then_log", "per_positive")
 AUGMENTATIONS = ("node", "edge", "walk")
@@ -486,7 +422,7 @@ def norm_penalty(*embeddings: Tensor) -> Tensor:
 # ---- the method ------------------------------------------------------------------------------------------------------
 
 
-class NESCL(ZooModule):
+class NESCL(Recommender):
     """Top-N recommendation from implicit feedback: LightGCN with neighbours as positives of a contrastive loss.
 
     The interactions are part of the model (buffers), so a checkpoint can recommend by itself. With a Trainer they come
@@ -580,59 +516,38 @@ class NESCL(ZooModule):
         if not 0 <= drop < 1:
             raise ValueError(f"drop is {drop}; it must lie in [0, 1).")
         least = {"num_users": num_users, "num_items": num_items, "num_interactions": num_interactions, "dim": dim}
-        least |= {"layers": layers, "top_k": top_k, "block": block, "neighbours": neighbours}
+        least |= {"layers": layers, "neighbours": neighbours}
         for name, value in least.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
         if not bpr and not positives:
             raise ValueError("bpr=False and no positives: nothing is left to train on.")
-        self.monitor = f"val/recall@{top_k}"
         self.user_embedding = nn.Embedding(num_users, dim)
         self.item_embedding = nn.Embedding(num_items, dim)
         for table in (self.user_embedding, self.item_embedding):
             nn.init.xavier_uniform_(table.weight)
-        self.bipartite = InteractionGraph(num_users, num_items, num_interactions, neighbours)
+        graph = InteractionGraph(num_users, num_items, num_interactions, neighbours)
+        self.build_ranking(graph, top_k, block)
         self._whole: tuple[Any, View] | None = None
         self._final: tuple[Any, Tensor] | None = None
-        self.metrics = nn.ModuleDict(
-            {split: nn.ModuleDict({"recall": RecallAtK(), "ndcg": NDCGAtK()}) for split in ("val", "test")}
-        )
 
     # ---- the graph ----------------------------------------------------------------------------------------------
 
-    def set_graph(self, interactions: Tensor) -> "NESCL":
+    def set_graph(self, interactions: Tensor) -> Self:
         """Take the training interactions, (2, e) integers (users, items); find the neighbours. Returns self.
 
         Raises:
             ValueError: if they do not fit the model's sizes, repeat a pair, or leave a user out.
         """
-        self.bipartite.set(interactions)
+        super().set_graph(interactions)
         self._whole = self._final = None
         return self
-
-    def setup(self, stage: str) -> None:
-        data = getattr(self.trainer, "datamodule", None)
-        if hasattr(data, "interactions") and (stage == "fit" or not self.bipartite.ready):
-            self.set_graph(data.interactions())
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        batch = super().on_before_batch_transfer(batch, dataloader_idx)
-        self._take_graph(batch)
-        # every batch brings the graph, so that it stands on its own; it need not travel again
-        return {key: value for key, value in batch.items() if key != "graph"} if isinstance(batch, dict) else batch
-
-    def _take_graph(self, batch: Any) -> None:
-        if self.bipartite.ready or self.user_embedding.weight.is_meta:
-            return
-        if not isinstance(batch, dict) or "graph" not in batch:
-            raise ZooError("NESCL has no graph yet: call model.set_graph(interactions), (2, e) users and items, first.")
-        self.set_graph(batch["graph"])
 
     def whole(self) -> View:
         """The whole graph as a view, made once."""
         if self.bipartite.rows.is_meta or torch.compiler.is_compiling():
             return View(self.bipartite)
-        key = _identity(self.bipartite.rows)
+        key = identity(self.bipartite.rows)
         if self._whole is None or self._whole[0] != key:
             self._whole = (key, View(self.bipartite))
         return self._whole[1]
@@ -682,9 +597,6 @@ class NESCL(ZooModule):
         final = self.embeddings()
         return final.index_select(0, user) @ final[self.bipartite.users :].t()
 
-    def example_inputs(self) -> tuple[Tensor, ...]:
-        return (torch.arange(min(3, self.bipartite.users), device=self.device),)
-
     # ---- training -----------------------------------------------------------------------------------------------
 
     def losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -694,7 +606,7 @@ class NESCL(ZooModule):
             batch: user, item, negative (b,) int64: a positive pair, and an item that the user has not
         """
         hp = self.hyperparameters
-        self._take_graph(batch)
+        self.take_graph(batch)
         self._final = None
         user, item, negative = batch["user"], batch["item"], batch["negative"]
         m, size, d = self.bipartite.users, len(user), hp["dim"]
@@ -740,99 +652,17 @@ class NESCL(ZooModule):
 
     # ---- ranking ------------------------------------------------------------------------------------------------
 
-    def rank(
-        self, user: Tensor, k: int | None = None, seen: Tensor | None = None, exclude_seen: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """The best k items of each user over the whole catalogue, in blocks of ``block`` users.
-
-        Args:
-            k: ``top_k`` by default, or all items where there are fewer.
-            seen: further items to leave out, padded with -1.
-            exclude_seen: leave out the items that the user has in the training graph.
-        Shapes:
-            user: (b,); seen: (b, s); returns: items (b, k) int64, -1 where no item is left, and scores (b, k)
-        """
-        k = min(self.hyperparameters["top_k"], self.bipartite.items) if k is None else k
-        if not 1 <= k <= self.bipartite.items:
-            raise ValueError(f"k is {k}; it must lie in 1..{self.bipartite.items}, the number of items.")
+    def scorer(self) -> Callable[[Tensor], Tensor]:
         final = self._cached()
         items = final[self.bipartite.users :].t()
-        found = []
-        for part in _spans(len(user), self.hyperparameters["block"]):
-            scores = (final.index_select(0, user[part]) @ items).float()
-            if exclude_seen:
-                scores[self.bipartite.seen(user[part])] = -torch.inf
-            if seen is not None and seen.shape[1]:
-                extra = F.pad(scores, (0, 1))
-                extra.scatter_(1, seen[part].where(seen[part] >= 0, self.bipartite.items), -torch.inf)
-                scores = extra[:, :-1]
-            found.append(scores.topk(k, dim=1))
-        score, item = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return item.where(score > -torch.inf, -1), score
+        return lambda user: final.index_select(0, user) @ items
 
     def _cached(self) -> Tensor:
         """`embeddings`, kept until a parameter changes."""
-        key = _identity(self.user_embedding.weight, self.item_embedding.weight, self.bipartite.rows)
+        key = identity(self.user_embedding.weight, self.item_embedding.weight, self.bipartite.rows)
         if self._final is None or self._final[0] != key:
             self._final = (key, self.embeddings().detach())
         return self._final[1]
-
-    @torch.no_grad()
-    def predict(  # type: ignore[override]
-        self, user: Tensor | list[int], k: int | None = None, exclude_seen: bool = True
-    ) -> dict[str, Tensor]:
-        """Recommend: each user's best k items, without those of the training graph.
-
-        Args:
-            user: user indices, (b,).
-            k: how many; ``top_k`` by default.
-            exclude_seen: leave out what the user already has.
-        Returns:
-            ``item`` (b, k) int64, best first, -1 where no item is left, and ``score`` (b, k).
-        Raises:
-            ValueError: if a user does not exist.
-            ZooError: if the model has no graph yet.
-        """
-        user = torch.as_tensor(user)
-        if user.ndim != 1 or not len(user) or user.is_floating_point():
-            raise ValueError(
-                f"'user' has shape {tuple(user.shape)}, type {user.dtype}; expected (users >= 1,), integers."
-            )
-        user = user.to(self.device).long()
-        if not user.is_meta:
-            low, high = int(user.min()), int(user.max())
-            if low < 0 or high >= self.bipartite.users:
-                raise ValueError(f"users run from {low} to {high}; the model knows 0 to {self.bipartite.users - 1}.")
-        self._take_graph(None)
-        item, score = self.rank(user, k, exclude_seen=exclude_seen)
-        return {"item": item, "score": score}
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """``name``: the users' own ids; ``item`` and ``score``: (b, top_k), as `predict`."""
-        self._take_graph(batch)
-        item, score = self.rank(batch["user"])
-        return {"name": batch["name"], "item": item, "score": score}
-
-    def evaluate(self, batch: dict[str, Tensor], split: str) -> None:
-        self._take_graph(batch)
-        item, _ = self.rank(batch["user"], seen=batch.get("seen"))
-        target = batch["target"]
-        for part in _spans(len(item), self.hyperparameters["block"]):
-            wanted = torch.zeros(len(item[part]), self.bipartite.items + 1, dtype=torch.bool, device=item.device)
-            wanted.scatter_(1, target[part].where(target[part] >= 0, self.bipartite.items), True)
-            wanted[:, -1] = False  # the padding
-            hits = wanted.gather(1, item[part].where(item[part] >= 0, self.bipartite.items))
-            for metric in self.metrics[split].values():  # type: ignore[operator, union-attr]
-                metric.update(hits, (target[part] >= 0).sum(1))
-        for name, metric in self.metrics[split].items():  # type: ignore[operator, union-attr]
-            self.log(f"{split}/{name}@{self.hyperparameters['top_k']}", metric, on_step=False, on_epoch=True,
-                     batch_size=len(item))  # fmt: skip
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.evaluate(batch, "val")
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.evaluate(batch, "test")
 
     def on_test_epoch_end(self) -> None:
         self.log("test/neighbour_cosine", self.neighbour_cosine())

@@ -1,0 +1,1 @@
+"""Skeletons: joints that move, as graphs over time."""
