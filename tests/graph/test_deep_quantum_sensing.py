@@ -41,7 +41,7 @@ def golden() -> dict[str, Tensor]:
     return {key: value.clone() for key, value in load_file(GOLDEN).items()}
 
 
-def setup(*texts: str, angles: int = 4) -> Tensor:
+def setups(*texts: str, angles: int = 4) -> Tensor:
     """Setups from text, filled up to one length."""
     rows = [text_to_setup(text, angles) for text in texts]
     longest = max(map(len, rows))
@@ -140,7 +140,7 @@ def test_convert_refuses_other_weights(golden) -> None:
 def test_hong_ou_mandel_dip() -> None:
     """Equal photons leave a beam splitter together: no coincidence. Photons of different polarisation do not."""
     simulator = OpticalSimulator(2)
-    same, other, closed = simulator(setup("HH(0,1) BS(0,1)", "HH(0,1) HWP(1,45) BS(0,1)", "HH(0,1)"), normalise=False)
+    same, other, closed = simulator(setups("HH(0,1) BS(0,1)", "HH(0,1) HWP(1,45) BS(0,1)", "HH(0,1)"), normalise=False)
     assert float(same.abs().max()) < 1e-15
     # a†H b†V → (a + i b)H (b + i a)V / 2: coincidences ab: HV with 1/2, VH with i * i / 2 = -1/2
     assert torch.allclose(other, torch.tensor([0, 0.5, -0.5, 0], dtype=torch.complex128))
@@ -152,7 +152,7 @@ def test_hong_ou_mandel_dip_follows_the_overlap() -> None:
     simulator = OpticalSimulator(2, angles=90)
     chances = []
     for degrees in range(2, 92, 4):
-        psi = simulator(setup(f"HH(0,1) HWP(1,{degrees}) BS(0,1)", angles=90), normalise=False)
+        psi = simulator(setups(f"HH(0,1) HWP(1,{degrees}) BS(0,1)", angles=90), normalise=False)
         overlap = math.cos(2 * math.radians(degrees)) ** 2
         chances.append(float(psi.abs().square().sum()))
         assert chances[-1] == pytest.approx((1 - overlap) / 2, abs=1e-12)
@@ -160,7 +160,7 @@ def test_hong_ou_mandel_dip_follows_the_overlap() -> None:
 
 
 def test_pairs_are_bell_states() -> None:
-    psi = OpticalSimulator(2)(setup("PAIR(0,1)"))[0]
+    psi = OpticalSimulator(2)(setups("PAIR(0,1)"))[0]
     assert torch.allclose(psi, ghz(2))
     assert float(Environment("Z", 2).qfi(psi[None])) == pytest.approx(4)  # the Heisenberg limit of two photons
 
@@ -170,7 +170,7 @@ def test_ghz_states_of_up_to_eight_photons(n: int) -> None:
     """Pairs joined by polarising beam splitters make (|H...H> + |V...V>)/√2, whose QFI is N² along Z."""
     text = " ".join(f"PAIR({p},{p + 1})" for p in range(0, n, 2))
     text += "".join(f" PBS({p},{p + 1})" for p in range(1, n - 1, 2))
-    psi = OpticalSimulator(n)(setup(text))[0]
+    psi = OpticalSimulator(n)(setups(text))[0]
     fidelity = float((psi.conj() * ghz(n)).sum().abs())
     assert fidelity == pytest.approx(1, abs=1e-12)
     qfi = {name: float(Environment(name, n).qfi(psi[None])) for name in ("X", "Y", "Z")}
@@ -181,7 +181,7 @@ def test_ghz_states_of_up_to_eight_photons(n: int) -> None:
 def test_half_wave_plates_turn_the_ghz_state_to_another_axis() -> None:
     """22.5 degree plates are Hadamards: the same state then senses X instead of Z."""
     plates = " ".join(f"HWP({p},22.5)" for p in range(4))
-    psi = OpticalSimulator(4, angles=8)(setup(f"PAIR(0,1) PAIR(2,3) PBS(1,2) {plates}", angles=8))
+    psi = OpticalSimulator(4, angles=8)(setups(f"PAIR(0,1) PAIR(2,3) PBS(1,2) {plates}", angles=8))
     assert float(Environment("X", 4).qfi(psi)) == pytest.approx(16)
     assert float(Environment("Z", 4).qfi(psi)) == pytest.approx(4)
 
@@ -376,7 +376,7 @@ def ghz_bench(n: int) -> tuple[Laboratory, Tensor]:
     text = " ".join(f"PAIR({p},{p + 1})" for p in range(0, n, 2)) + "".join(
         f" PBS({p},{p + 1})" for p in range(1, n - 1, 2)
     )
-    return Laboratory(OpticalSimulator(n), Environment("Z", n)), setup(text)[0]
+    return Laboratory(OpticalSimulator(n), Environment("Z", n)), setups(text)[0]
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -418,9 +418,9 @@ def test_the_error_bar_is_right_and_the_interval_is_kept() -> None:
 def test_a_setup_that_does_not_see_the_phase_is_refused() -> None:
     laboratory = Laboratory(OpticalSimulator(2), Environment("Z", 2))
     with pytest.raises(ZooError, match="does not see the phase"):
-        calibrate(laboratory, setup("HH(0,1)")[0])
+        calibrate(laboratory, setups("HH(0,1)")[0])
     with pytest.raises(ValueError, match="nothing to count"):
-        calibrate(laboratory, setup("HH(0,1) BS(0,1)")[0])
+        calibrate(laboratory, setups("HH(0,1) BS(0,1)")[0])
 
 
 # ---- the predictor ----------------------------------------------------------------------------------------------
@@ -559,7 +559,7 @@ def test_whole_method_in_a_trainer(tmp_path: Path) -> None:
 
 def test_text_form_and_back() -> None:
     text = "PAIR(0,1) VV(2,3) BS(0,2) PBS(3,1) HWP(1,45) QWP(0,180) R(2)"
-    rows = setup(text)[0]
+    rows = setups(text)[0]
     assert rows[4:].tolist() == [[3, 1, 1, 1], [4, 0, 0, 4], [5, 2, 2, 0]]
     assert setup_to_text(rows, 4) == text
     assert text_to_setup("hwp(1, -45); mirror( 0 )", 4) == [(3, 1, 1, 3), (5, 0, 0, 0)]
@@ -580,7 +580,7 @@ def test_text_form_and_back() -> None:
     ],
 )
 def test_wrong_setups_are_refused(text: str, reason: str) -> None:
-    devices = setup(text)
+    devices = setups(text)
     with pytest.raises(ValueError, match=reason):
         DeepQuantumSensing.from_variant("tiny").predict(devices)
     with pytest.raises(ValueError, match=reason):
