@@ -135,7 +135,8 @@ def _ours(theirs: nn.Module, **changes: Any) -> DeepQuantumSensing:
 def _named(model: DeepQuantumSensing, theirs: nn.Module, pick: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """A property of their parameters under our names, by their own conversion."""
     content = dict(theirs.state_dict())
-    content |= {name: pick(p) for name, p in theirs.named_parameters() if not name.startswith("bn.")}
+    every = theirs.named_parameters(remove_duplicate=False)  # their first layer has two names
+    content |= {name: pick(p) for name, p in every if not name.startswith("bn.")}
     _, state = DeepQuantumSensing.convert_state_dict(content)
     names = dict(model.named_parameters())
     return {key: value for key, value in state.items() if key in names}
