@@ -4,6 +4,7 @@
     python -m benchmarks load                          from_pretrained against bare safetensors
     python -m benchmarks data                          loading throughput of Regformer's tiny variant against its step
     python -m benchmarks steps [NAME ...]              train step and inference of the tiny variants, eager and compiled
+    python -m benchmarks peers [lightgcn gcn lora]     beside packages from PyPI that do the same work
     python -m benchmarks speed NAME [--authors DIR]    beside the authors' code (or a peer) -> results/NAME.json
     python -m benchmarks parity NAME --authors DIR     equality with the authors' code -> results/NAME.json
     python -m benchmarks checkpoint NAME PATH          the catalogue's checkpoint PATH, by its recipe -> hub/PATH
@@ -161,6 +162,17 @@ def steps(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def peers(args: argparse.Namespace) -> dict[str, Any]:
+    """Each peer by its name; a run for some leaves the others' figures."""
+    from benchmarks.peers import ALL
+
+    unknown = sorted(set(args.names) - set(ALL))
+    if unknown:
+        raise ZooError(f"No peer {unknown[0]!r}; there are {', '.join(ALL)}.")
+    old = json.loads(Path(args.json).read_text()) if args.json and Path(args.json).is_file() else {}
+    return old.get("peers", {}).get("figures", {}) | {name: ALL[name](args.device) for name in args.names or ALL}
+
+
 def _section(args: argparse.Namespace, key: str, figures: dict[str, Any], **more: Any) -> None:
     name = catalogue.entry(args.name).facts["class"]
     section = {"figures": figures, "files": results.fingerprint(name), **more, **results.circumstances()}
@@ -245,7 +257,7 @@ def main() -> None:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for call in (imports, load, data, steps, speed, parity, checkpoint):
+    for call in (imports, load, data, steps, peers, speed, parity, checkpoint):
         sub = verbs.add_parser(call.__name__)
         sub.set_defaults(call=call)
         sub.add_argument("--device", default="cpu")
@@ -260,8 +272,9 @@ def main() -> None:
             sub.add_argument("--root", help="folder of the dataset")
             sub.add_argument("--trained", help="folder of checkpoints that the catalogue's `command` has left")
             sub.add_argument("--work", default="runs/reproduce", help="where `zoo reproduce` left its checkpoints")
-        if call is steps:
+        if call in (steps, peers):
             sub.add_argument("names", nargs="*")
+        if call is steps:
             sub.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")

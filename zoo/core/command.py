@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 def quiet() -> None:
     """Show the zoo's own log lines, and of lightning's only what a user must act on."""
+    import lightning.pytorch  # noqa: F401  (its import sets its loggers' levels)
+
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("zoo").setLevel(logging.INFO)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
