@@ -147,7 +147,7 @@ def _info(argv: list[str]) -> None:
         label = name if dataset == "default" else f"{name}@{dataset}"
         found = evidence.get(label, {})
         held = {True: "holds", False: "does not hold", None: "not measured"}[found.get("holds")]
-        stale = ", stale: the files changed since" if results.is_stale(label, found) else ""
+        stale = ", stale: the code or the recipe changed since" if results.is_stale(label, found) else ""
         print(f"  zoo reproduce {label}  ({held}{stale}; {table['budget']} min): {table['claim']}")
 
 

@@ -236,6 +236,21 @@ def test_evidence_goes_stale_with_what_the_family_shares(tmp_path: Path, monkeyp
     assert results.fingerprint("Line") != before
 
 
+def test_evidence_goes_stale_with_its_recipe_not_with_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = catalogue.Entry(tmp_path / "line.toml", "zoo.vision.family.line")
+    monkeypatch.setattr(catalogue, "entry", lambda name: entry)
+    text = 'class = "Line"\ndatamodule = "NoDataModule"\n# ==== recipes ====\n[recipes.set]\nbudget = 1\n'
+    entry.toml.write_text(text)
+    (tmp_path / "line.py").write_text("slope = 1\n")
+    evidence = {"files": results.fingerprint("Line"), "recipe": results.recipe_digest({"budget": 1})}
+    for more, stale in (("", False), ('cause = "found later"\n', False), ("margin = 2\n", True)):
+        entry.toml.write_text(text + more)
+        entry = catalogue.Entry(entry.toml, entry.module)
+        assert results.is_stale("Line@set", evidence) == stale
+
+
 def test_bare_code_is_what_is_left_without_words() -> None:
     assert results.bare(SOURCE).split("\n") == [
         "WIDTH = 3",

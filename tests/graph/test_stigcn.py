@@ -339,3 +339,22 @@ def test_ntu_text_form(tmp_path: Path) -> None:
     path.write_text("2\n1\n")
     with pytest.raises(ZooError, match=r"not in NTU's \.skeleton form"):
         read_clip(path, 25)
+
+
+def test_a_clip_is_drawn(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from zoo.graph.skeleton.drawing import draw
+
+    clip = torch.randn(3, 12, 15, 2)
+    clip[..., 1] = 0  # nobody: left out
+    path = draw(clip, "jhmdb", tmp_path / "clip.png", frames=4, title="waves")
+    picture = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+    assert len(np.unique(picture, axis=0)) > 10  # bones, joints and the root's mark, not an empty page
+    other = draw(clip * 2 + 1, "jhmdb", tmp_path / "other.png", frames=4)
+    assert path.read_bytes() != other.read_bytes()
+    with pytest.raises(ValueError, match=r"shape \(3, 12, 15, 2\); layout 'ntu'"):
+        draw(clip, "ntu", tmp_path / "no.png")
+    with pytest.raises(ValueError, match="layout is 'cat'"):
+        draw(clip, "cat", tmp_path / "no.png")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.png", "other.png"]

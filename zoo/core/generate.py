@@ -1,8 +1,11 @@
-"""Writes what follows from the catalogue: ``.pyi`` faces, METHODS.md, the cards in hub/. ``--check`` only compares.
+"""Writes what follows from the catalogue: ``.pyi`` faces, METHODS.md, the cards in hub/, the causes in results/.
+
+``--check`` only compares.
 
 python -m zoo.core.generate [--check]
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,7 +56,7 @@ def methods() -> str:
             if "authors_ms" in row
         ]
         claims = [
-            f"{label.partition('@')[2] or 'embedded'}: {NAMED[found.get('holds')]}" + _stale(name, found)
+            f"{label.partition('@')[2] or 'embedded'}: {NAMED[found.get('holds')]}" + _stale(label, found)
             for label, found in everything.items()
             if label.split("@")[0] == name and "holds" in found
         ]
@@ -72,8 +75,8 @@ def methods() -> str:
     return "\n".join(rows) + "\n"
 
 
-def _stale(name: str, evidence: dict[str, Any]) -> str:
-    return " (stale)" if results.is_stale(name, evidence) else ""
+def _stale(label: str, evidence: dict[str, Any]) -> str:
+    return " (stale)" if results.is_stale(label, evidence) else ""
 
 
 def _worst(figures: dict[str, float]) -> str:
@@ -103,10 +106,22 @@ def cards() -> dict[Path, str]:
     return found
 
 
+def causes() -> dict[Path, str]:
+    """Evidence of claims that do not hold, with the cause that stands in the recipe: it is found after the figures."""
+    found = {}
+    for label, evidence in results.all_results().items():
+        name, _, dataset = label.partition("@")
+        if evidence.get("holds") is False and name in catalogue.entries():
+            cause = catalogue.entry(name).recipes.get(dataset or "default", {}).get("cause", "")
+            text = json.dumps({**evidence, "cause": cause}, indent=1, allow_nan=False) + "\n"
+            found[results.path(label)] = text
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     """Write the generated files, or with ``--check`` name those that are stale and return 1."""
     check = "--check" in (sys.argv[1:] if argv is None else argv)
-    files = {**faces(), catalogue.ROOT.parent / "METHODS.md": methods(), **cards()}
+    files = {**faces(), catalogue.ROOT.parent / "METHODS.md": methods(), **cards(), **causes()}
     stale = [path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if check:

@@ -118,7 +118,7 @@ def reproduce(
         "seeds": chosen,
         "seconds": round(clock.seconds, 1),
         "budget_minutes": table["budget"],
-        "recipe": hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16],
+        "recipe": results.recipe_digest(table),
         "files": results.fingerprint(name),
         **results.circumstances(),
     }

@@ -93,9 +93,22 @@ def bare(source: str) -> str:
     return "\n".join(line for row, line in enumerate(kept, 1) if line or row in inside)
 
 
-def is_stale(name: str, evidence: dict[str, Any]) -> bool:
-    """Whether the method's files changed since the evidence was recorded."""
-    return bool(evidence) and evidence.get("files") != fingerprint(name.split("@")[0])
+def recipe_digest(table: dict[str, Any]) -> str:
+    """Hash of a recipe, less the cause of its outcome, which is written afterwards."""
+    table = {key: value for key, value in table.items() if key != "cause"}
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def is_stale(label: str, evidence: dict[str, Any]) -> bool:
+    """Whether the method's files, or the recipe that was run, changed since the evidence was recorded."""
+    name, _, dataset = label.partition("@")
+    if not evidence:
+        return False
+    if "recipe" in evidence:
+        table = catalogue.entry(name).recipes.get(dataset or "default", {})
+        if evidence["recipe"] != recipe_digest(table):
+            return True
+    return bool(evidence.get("files") != fingerprint(name))
 
 
 @functools.cache

@@ -1,0 +1,57 @@
+"""Draw what is measured: `python -m benchmarks.pictures [NAME ...]` writes docs/NAME.png from results/ and data.
+
+n2_cost         time of N2's forward pass over the number of nodes (results/N2.json, written by `benchmarks speed N2`)
+stigcn_clips    test clips of JHMDB with what hub/stigcn-jhmdb says of them (needs $ZOO_DATA/jhmdb)
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from zoo.core import load, results
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def n2_cost(path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figures = results.read("N2")["speed"]["figures"]
+    sizes = sorted(int(key.split("_")[1]) for key in figures if key.startswith("forward_"))
+    times = [figures[f"forward_{n}_nodes"]["ours_ms"] for n in sizes]
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axis = figure.add_subplot()
+    axis.plot(sizes, times, "o-", label="N2, 256 pseudo nodes, 4 steps")
+    slope = (times[-1] - times[0]) / (sizes[-1] - sizes[0])
+    line = [times[0] + slope * (n - sizes[0]) for n in sizes]
+    axis.plot(sizes, line, ":", color="0.4", label=f"straight line, {1e3 * slope:.1f} µs a node")
+    axis.set(
+        xlabel="nodes (five edges a node)", ylabel="forward pass, ms, one CPU thread", ylim=(0, None), xlim=(0, None)
+    )
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def stigcn_clips(path: Path) -> None:
+    import torch
+
+    from zoo.graph import SkeletonActionDataModule
+    from zoo.graph.skeleton.drawing import draw
+
+    data = SkeletonActionDataModule(str(Path(os.environ["ZOO_DATA"]) / "jhmdb"), layout="jhmdb", persons=1)
+    data.setup("test")
+    model = load(DOCS.parent / "hub" / "stigcn-jhmdb")
+    batch = next(iter(data.test_dataloader()))
+    probability = torch.as_tensor(model.predict(batch["skeleton"]))
+    sure = int(probability.max(1).values.argmax())
+    said, truth = int(probability[sure].argmax()), int(batch["label"][sure])
+    title = f"{batch['name'][sure]}: action {truth}, predicted {said} ({probability[sure, said]:.2f})"
+    draw(batch["skeleton"][sure], "jhmdb", path, title=title)
+
+
+ALL = {"n2_cost": n2_cost, "stigcn_clips": stigcn_clips}
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or ALL:
+        ALL[name](DOCS / f"{name}.png")
+        print(DOCS / f"{name}.png")
