@@ -157,12 +157,13 @@ def test_unknown_recipes_and_metrics_are_named(method: Any, tmp_path: Path, monk
 def test_margins() -> None:
     def judge(op: str, left: float, right: float, margin: float, relative: bool = False) -> bool:
         check = {"left": "a", "op": op, "right": right, "metric": "m", "margin": margin, "relative": relative}
-        return recipe._judge(check, {"a": {"0": {"m": left - 1}, "1": {"m": left + 1}}})["holds"]
+        return recipe.judge(check, {"a": {"0": {"m": left - 1}, "1": {"m": left + 1}}})["holds"]
 
     assert judge(">", 10.3, 10, 0.2) and not judge(">", 10.1, 10, 0.2) and not judge(">", 10, 10, 0)
     assert judge("<", 9.7, 10, 0.2) and not judge("<", 9.9, 10, 0.2)
     assert judge(">", 11.1, 10, 0.1, True) and not judge(">", 10.9, 10, 0.1, True)
     assert judge("<", 8.9, 10, 0.1, True) and not judge("<", 9.1, 10, 0.1, True)
+    assert not judge(">", 0.75, 0.7499999940395355, 0)  # a tie in float32
 
 
 def test_records_keep_other_sections(tmp_path: Path) -> None:

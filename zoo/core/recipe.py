@@ -105,7 +105,7 @@ def reproduce(
         for (arm, seed), metrics in zip(tasks, found, strict=True):
             values.setdefault(arm, {})[str(seed)] = metrics
     shutil.rmtree(base / "done", ignore_errors=True)
-    checks = [_judge(check, values) for check in table["checks"]]
+    checks = [judge(check, values) for check in table["checks"]]
     open_ = any(c["holds"] is None for c in checks)
     outcome: dict[str, Any] = {
         "name": label,
@@ -324,8 +324,8 @@ def mean(values: dict[str, dict[str, float]], metric: str) -> float:
     return statistics.fmean(m[metric] for m in values.values())
 
 
-def _judge(check: dict[str, Any], values: dict[str, dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """One comparison of means over seeds, with its figures."""
+def judge(check: dict[str, Any], values: dict[str, dict[str, dict[str, float]]]) -> dict[str, Any]:
+    """One comparison of means over seeds, with its figures. What float32 cannot tell apart is a tie, which fails."""
     metric, margin = check["metric"], check.get("margin", 0.0)
     row = {k: check[k] for k in ("left", "op", "right", "metric")}
     row |= {"margin": margin, "relative": bool(check.get("relative", False))}
@@ -336,7 +336,8 @@ def _judge(check: dict[str, Any], values: dict[str, dict[str, dict[str, float]]]
     right = mean(values[right], metric) if isinstance(right, str) else float(right)
     sign = 1 if check["op"] == ">" else -1
     bar = right * (1 + sign * margin) if check.get("relative") else right + sign * margin
-    return {**row, "left_mean": left, "right_mean": right, "holds": OPERATORS[check["op"]](left, bar)}
+    tie = math.isclose(left, bar, rel_tol=1e-6)
+    return {**row, "left_mean": left, "right_mean": right, "holds": not tie and OPERATORS[check["op"]](left, bar)}
 
 
 def report(outcome: dict[str, Any]) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from zoo.core import ZooDataModule, ZooModule, catalogue
-from zoo.core.recipe import recipe
+from zoo.core import ZooDataModule, ZooModule, catalogue, results
+from zoo.core.recipe import judge, recipe
 from zoo.testing.contract.case import case, every_method, tensors
 
 STRINGS = ("class", "title", "venue", "arxiv", "code", "code_licence", "summary", "task", "pipeline_tag", "datamodule")
@@ -134,6 +134,20 @@ def test_recipes_name_what_exists(name: str) -> None:
                 assert not unknown, f"[recipes.{dataset}] {key}: {unknown}"
         for check in table["checks"]:
             assert check["metric"].split("/")[0] in ("test", "val", "train", "seconds", "parameters")
+
+
+@every_method
+def test_verdicts_follow_from_their_figures(name: str) -> None:
+    for label, evidence in results.all_results().items():
+        if label.partition("@")[0] != name or "holds" not in evidence or results.is_stale(label, evidence):
+            continue
+        checks = [
+            judge(check, evidence["arms"]) for check in recipe(name, label.partition("@")[2] or "default")["checks"]
+        ]
+        assert evidence["checks"] == checks, f"{label}: the recorded checks are not what its figures give"
+        assert evidence["holds"] is all(check["holds"] for check in checks)
+        assert evidence["holds"] or evidence["cause"], f"{label} does not hold: its recipe must say the cause"
+        assert len(evidence["seeds"]) >= 3 and all(len(a) == len(evidence["seeds"]) for a in evidence["arms"].values())
 
 
 @every_method
