@@ -241,6 +241,9 @@ def checkpoint(args: argparse.Namespace) -> dict[str, Any]:
     from zoo.core.command import open_checkpoint
 
     model = open_checkpoint(catalogue.load_class(name), last if last.is_file() else done / "last.ckpt")
+    if not model.data_memory:  # trained before checkpoints remembered their data
+        chosen = catalogue.load_datamodule(plan.get("datamodule") or name)
+        model.remember(chosen(**plan.get("data", {})))
     place = catalogue.ROOT.parent / "hub" / args.path
     part = place.with_name(f".{args.path}")
     shutil.rmtree(part, ignore_errors=True)

@@ -71,3 +71,30 @@ def test_wrong_roots_and_sizes_are_one_line(tmp_path: Path) -> None:
         LineDataModule().from_files(tmp_path / "nothing")
     with pytest.raises(ZooError, match="cannot read"):
         LineDataModule().from_files(tmp_path)
+
+
+# ---- what travels with a checkpoint ----------------------------------------------------------------------------------
+
+
+class Remembering(ZooDataModule):
+    def __init__(
+        self,
+        root: str | None = None,
+        batch_size: int = 8,
+        size: int = 32,
+        names: list[str] = [],  # noqa: B006
+        place: str = "here",
+        extra: str | None = None,
+    ):
+        super().__init__(root, batch_size)
+        self.save_hyperparameters()
+
+
+def test_what_reading_depends_on_is_remembered(tmp_path: Path) -> None:
+    data = Remembering(str(tmp_path), 4, size=64, names=["a"], place="/mnt", extra="x")
+    assert data.remember() == {"size": 64, "names": ["a"]}  # neither the default's, nor places
+    again = Remembering.recall(data.remember(), names=["b"])
+    assert again.hparams.size == 64 and again.hparams.names == ["b"] and again.root is None
+    for hostile in ("root", "colour", "self"):
+        with pytest.raises(ZooError, match=f"remembers '{hostile}' of its data, which Remembering does not know"):
+            Remembering.recall({hostile: "/etc"})

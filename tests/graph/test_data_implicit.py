@@ -1,6 +1,7 @@
 """ImplicitCFDataModule: the three layouts, splits, negatives, odd data, users' own files."""
 
 import csv
+import json
 import logging
 import os
 from pathlib import Path
@@ -400,3 +401,63 @@ def test_published_libcml_splits(name, sizes):
     data = ImplicitCFDataModule(str(root), hide_validation=False)
     assert tuple(data.describe().values()) == sizes
     assert data.val_dataloader() and data.test_dataloader()
+
+
+# ---- what a checkpoint remembers -------------------------------------------------------------------------------------
+
+
+def clicks(folder: Path) -> Path:
+    folder.mkdir()
+    rows = [f"u{u},book{(u + k) % 7}" for u in range(6) for k in range(4)]
+    (folder / "clicks.csv").write_text("user,item\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_a_checkpoint_recommends_without_its_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from zoo import Trainer
+    from zoo.cli import main
+    from zoo.graph import NESCL
+
+    data = ImplicitCFDataModule(str(clicks(tmp_path / "data")), batch_size=8)
+    data.setup()
+    model = NESCL.from_variant("tiny", **data.describe())
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0, "accelerator": "cpu"}
+    Trainer(tmp_path / "run", max_steps=2, **quiet).fit(model, datamodule=data)
+    expected = model.predict([4, 2])["item"]
+    model.save_pretrained(tmp_path / "saved")
+    (tmp_path / "asked.csv").write_text("user\nu4\nu2\n", encoding="utf-8")
+    for number, where in enumerate((tmp_path / "saved", tmp_path / "run" / "checkpoints" / "last.ckpt")):
+        out = tmp_path / f"{number}.csv"
+        call = ["predict", "NESCL", "--ckpt_path", where, "--input", tmp_path / "asked.csv", "--output", out]
+        assert main([str(c) for c in call]) == 0, capsys.readouterr().err
+        rows = [row.split(",") for row in out.read_text(encoding="utf-8").splitlines()[1:]]
+        kept = expected >= 0
+        assert [row[0] for row in rows] == ["u4"] * int(kept[0].sum()) + ["u2"] * int(kept[1].sum())
+        assert [row[2] for row in rows] == [data.item_names[i] for i in expected[kept].tolist()]
+        assert "no root given" not in capsys.readouterr().err
+    remembered = json.loads((tmp_path / "saved" / "config.json").read_text())["data"]
+    names = {"user_names": data.user_names, "item_names": data.item_names}
+    assert remembered == {"class": "ImplicitCFDataModule", **names}
+
+
+def test_ids_of_other_data_are_refused(tmp_path: Path) -> None:
+    remembered = ImplicitCFDataModule(str(clicks(tmp_path / "one"))).remember()
+    other = clicks(tmp_path / "other")
+    (other / "clicks.csv").write_text((other / "clicks.csv").read_text().replace("book", "film"))
+    (tmp_path / "asked.txt").write_text("u1\n")
+    data = ImplicitCFDataModule.recall(remembered, root=str(other))
+    with pytest.raises(ZooError, match="fitted to other users and items"):
+        data.from_files(tmp_path / "asked.txt")
+    assert len(ImplicitCFDataModule.recall(remembered).from_files(tmp_path / "asked.txt").predict_dataloader()) == 1
+
+
+def test_ids_that_are_numbers_are_remembered_by_their_count(tmp_path: Path) -> None:
+    lines = [f"{u} {u % 3} {(u + 1) % 3}" for u in range(5)]
+    (tmp_path / "train.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "test.txt").write_text("0 2\n")
+    remembered = ImplicitCFDataModule(str(tmp_path)).remember()
+    assert remembered == {"user_names": 5, "item_names": 3}
+    data = ImplicitCFDataModule.recall(remembered)
+    (tmp_path / "asked.txt").write_text("4\n")
+    data.from_files(tmp_path / "asked.txt")
+    assert next(iter(data.predict_dataloader()))["name"] == ["4"]

@@ -286,8 +286,15 @@ def test_broken_layouts(tmp_path: Path) -> None:
     agcn(tmp_path, joints=18)
     with pytest.raises(ZooError, match="25 joints of layout 'ntu'"):
         SkeletonActionDataModule(str(tmp_path)).setup()
-    with pytest.raises(ValueError, match="give a root"):
-        SkeletonActionDataModule(layout="jhmdb")
+    with pytest.raises(ValueError, match="layout 'jhmdb' needs a root"):
+        SkeletonActionDataModule(layout="jhmdb").setup()
+
+
+def test_a_users_clip_needs_no_root(tmp_path: Path) -> None:
+    np.save(tmp_path / "clip.npy", np.random.default_rng(0).random((40, 15, 2)))
+    data = SkeletonActionDataModule.recall(SkeletonActionDataModule(layout="jhmdb", persons=1, frames=16).remember())
+    batch = next(iter(data.from_files(tmp_path / "clip.npy").predict_dataloader()))
+    assert batch["skeleton"].shape == (1, 2, 16, 15, 1)
 
 
 def test_pickles_cannot_run_code(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def open_checkpoint(cls: Any, where: str | Path, **overrides: Any) -> Any:
         raise ZooError(f"{path} holds {content['zoo']['class']}, not {cls.__name__}.")
     model = cls(**{**content["zoo"]["hyperparameters"], **overrides})
     model.load_state_dict(content["state_dict"])
+    model.data_memory = content["zoo"].get("data", {})
     return model.eval()
 
 
@@ -181,7 +182,7 @@ def _short(text: str, name: str, verb: str, classes: list[Any]) -> str:
 # ---- predict -----------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(
     name: str,
     checkpoint: str,
@@ -195,10 +196,11 @@ def predict(
     from tqdm import tqdm
 
     quiet()
-    cls, data_cls = catalogue.load_class(name), catalogue.load_datamodule(name)
-    model = open_checkpoint(cls, checkpoint, **model_options)
+    model = open_checkpoint(catalogue.load_class(name), checkpoint, **model_options)
+    remembered = dict(model.data_memory)
+    data_cls = catalogue.load_datamodule(remembered.pop("class", name))
     try:
-        data = data_cls(**data_options).from_files(source)
+        data = data_cls.recall(remembered, **data_options).from_files(source)
     except TypeError as error:
         raise ZooError(f"{data_cls.__name__}: {error}") from error
     if device == "auto":

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import lightning
 import torch
@@ -16,6 +16,10 @@ from zoo.core.errors import ZooError
 from zoo.core.seeding import seed_from
 
 log = logging.getLogger(__name__)
+
+
+LOCAL = ("self", "root", "batch_size", "num_workers", "seed", "download")
+"""Arguments of DataModules that a checkpoint does not remember."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,36 @@ class ZooDataModule(lightning.LightningDataModule):
     def write(self, predictions: Iterable[dict[str, Any]], path: Path) -> list[Path]:
         """Write what ``predict_step`` returned as the files a person wants back; return their paths."""
         raise ZooError(f"{type(self).__name__} cannot write predictions.")
+
+    # ---- what travels with a checkpoint -------------------------------------------------------------------------
+
+    def remember(self) -> dict[str, Any]:
+        """What reading a user's files depends on, as JSON; travels with the checkpoints of a model fitted to this data.
+
+        By default the arguments that differ from the defaults. Left out is what only this machine and this training
+        know: the root, how data is loaded, and free text (other files' places, columns' names). A subclass that learns
+        from the data (names, say) adds it, and takes it back in `recall`.
+        """
+        found = {}
+        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
+            free = parameter.annotation in (str, "str", str | None, "str | None")
+            if name in LOCAL or free or name not in self.hparams or self.hparams[name] == parameter.default:
+                continue
+            found[name] = self.hparams[name]
+        return found
+
+    @classmethod
+    def recall(cls, remembered: dict[str, Any], **arguments: Any) -> Self:
+        """A DataModule that reads a user's files as the one did that `remember`ed; ``arguments`` go before.
+
+        Raises:
+            ZooError: for what this class does not know.
+        """
+        known = inspect.signature(cls.__init__).parameters
+        unknown = [name for name in remembered if name not in known or name in LOCAL]
+        if unknown:
+            raise ZooError(f"The checkpoint remembers {unknown[0]!r} of its data, which {cls.__name__} does not know.")
+        return cls(**{**remembered, **arguments})
 
     # ---- files --------------------------------------------------------------------------------------------------
 

@@ -49,6 +49,7 @@ def save(module: Any, folder: Path, card: dict[str, Any]) -> Path:
         "library": "paper-zoo",
         "class": type(module).__name__,
         "hyperparameters": module.hyperparameters,
+        **({"data": module.data_memory} if module.data_memory else {}),
     }
     state = {key: value.detach().cpu().contiguous() for key, value in module.saved_state_dict().items()}
     with atomic_folder(folder) as part:
@@ -232,7 +233,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         version, name, values = config["format_version"], config["class"], config["hyperparameters"]
-        sums = config.get("sha256", {})
+        sums, data = config.get("sha256", {}), config.get("data", {})
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ZooError(f"{path} is not a config of the zoo ({type(error).__name__}: {error}).") from error
     if type(version) is not int or version < 1 or not isinstance(name, str) or not isinstance(values, dict):
@@ -243,6 +244,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ZooError(
             f"{path} has format_version {version}, this zoo reads up to {FORMAT}. Update: pip install -U paper-zoo."
         )
+    if not isinstance(data, dict) or not isinstance(data.get("class", ""), str):
+        raise ZooError(f"{path} is not a config of the zoo: data is of a wrong type.")
     named = isinstance(sums, dict) and all(re.fullmatch(r"(?!.*\.\.)\w[\w./-]*", file) for file in sums)
     if not named or not all(re.fullmatch("[0-9a-f]{64}", str(value)) for value in sums.values()):
         raise ZooError(f"{path} is not a config of the zoo: sha256 holds other things than checksums of files here.")
@@ -318,6 +321,7 @@ def read(cls: type[M], folder: Path, overrides: dict[str, Any]) -> M:
             "%s: initialised anew for your task: %s.", cls.__name__, ", ".join(k for k in own if k.startswith(head))
         )
     nn.Module.load_state_dict(model, {**own, **state}, strict=True)
+    model.data_memory = config.get("data", {})
     return model.eval()
 
 

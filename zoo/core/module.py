@@ -51,10 +51,13 @@ class ZooModule(lightning.LightningModule, PyTorchModelHubMixin, library_name="p
         instance = super().__new__(cls, *args, **kwargs)
         object.__setattr__(instance, "hyperparameters", arguments)
         object.__setattr__(instance, "_frozen", set())
+        object.__setattr__(instance, "data_memory", {})
         return instance
 
     hyperparameters: dict[str, Any]
     """All arguments of ``__init__`` as plain JSON, defaults included: what config.json holds."""
+    data_memory: dict[str, Any]
+    """What the DataModule that it was last fitted to remembers, see `remember`; ``{}`` where there was none."""
     _frozen: set[str]
 
     @classmethod
@@ -168,12 +171,17 @@ class ZooModule(lightning.LightningModule, PyTorchModelHubMixin, library_name="p
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = self.saved_state_dict()
         checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in kept}
-        checkpoint["zoo"] = {"class": type(self).__name__, "hyperparameters": self.hyperparameters}
+        checkpoint["zoo"] = {
+            "class": type(self).__name__,
+            "hyperparameters": self.hyperparameters,
+            "data": self.data_memory,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         name = checkpoint.get("zoo", {}).get("class", type(self).__name__)
         if name != type(self).__name__:
             raise ZooError(f"The checkpoint holds {name}, not {type(self).__name__}.")
+        self.data_memory = checkpoint.get("zoo", {}).get("data", {})
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Strict as in torch, less the keys of a backbone that is not part of checkpoints.
@@ -213,6 +221,17 @@ class ZooModule(lightning.LightningModule, PyTorchModelHubMixin, library_name="p
     def on_fit_start(self) -> None:
         # `from_pretrained` hands out eval mode, and Lightning would keep it: no dropout, frozen batch norm.
         self.train()
+        data = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "remember"):
+            self.remember(data)
+
+    def remember(self, data: Any) -> Self:
+        """Let checkpoints carry what ``data``, a `ZooDataModule`, needs to read a user's files as it reads its own.
+
+        ``fit`` does it by itself; a plain PyTorch loop calls it before saving. Returns self.
+        """
+        self.data_memory = {"class": type(data).__name__, **data.remember()}
+        return self
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         check_batch(batch, self.nan_keys)  # here the batch is still on the CPU: no device waits for the answer

@@ -4,7 +4,7 @@ import csv
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ class Ranking(Dataset):
         self,
         users: Tensor,
         names: list[str],
-        graph: Tensor,
+        graph: Tensor | None,
         target: Tensor | None,
         seen: Tensor | None,
         minor: Tensor | None = None,
@@ -103,9 +103,9 @@ class _Ragged:
         return self.item[place.clamp(max=max(len(self.item) - 1, 0))].where(inside, -1) if len(self.item) else place
 
 
-def _graph(graph: Tensor) -> dict[str, Tensor]:
+def _graph(graph: Tensor | None) -> dict[str, Tensor]:
     # The main process hands out the same tensor each time, so it costs nothing; a worker would copy it every batch.
-    return {"graph": graph} if get_worker_info() is None else {}
+    return {"graph": graph} if graph is not None and get_worker_info() is None else {}
 
 
 class ImplicitCFDataModule(ZooDataModule):
@@ -195,6 +195,7 @@ class ImplicitCFDataModule(ZooDataModule):
         self.item_names: list[str] = []
         self._graph: Tensor | None = None
         self._minor: Tensor | None = None
+        self._recalled: tuple[list[str], list[str]] | None = None
 
     # ---- building -----------------------------------------------------------------------------------------------
 
@@ -347,10 +348,41 @@ class ImplicitCFDataModule(ZooDataModule):
 
     # ---- a user's own files -------------------------------------------------------------------------------------
 
+    def remember(self) -> dict[str, Any]:
+        """The users' and items' own ids too: a checkpoint numbers them. Ids that are the numbers, as their count."""
+        self.dataset("train")
+        names = {"user_names": self.user_names, "item_names": self.item_names}
+        plain = {key: [str(i) for i in range(len(own))] for key, own in names.items()}
+        return super().remember() | {key: len(own) if own == plain[key] else own for key, own in names.items()}
+
+    @classmethod
+    def recall(cls, remembered: dict[str, Any], **arguments: Any) -> Self:
+        remembered = dict(remembered)
+        found = [remembered.pop(key, None) for key in ("user_names", "item_names")]
+        data = super().recall(remembered, **arguments)
+        if None not in found:
+            own = [[str(i) for i in range(names)] if isinstance(names, int) else list(names) for names in found]
+            data._recalled = (own[0], own[1])
+        return data
+
+    def _names(self) -> bool:
+        """Have the ids: those that a checkpoint remembers, else the data's own; True if these were read.
+
+        Raises:
+            ZooError: if the data under ``root`` has other ids than the checkpoint.
+        """
+        if self._recalled and self.root is None:
+            self.user_names, self.item_names = self._recalled
+            return False
+        self.dataset("train")
+        if self._recalled and self._recalled != (self.user_names, self.item_names):
+            raise ZooError(f"The checkpoint was fitted to other users and items than those in {self.root}.")
+        return True
+
     def read(self, path: Path) -> Dataset:
         """Users to recommend for: a file with one user id a line, or a CSV with a column "user" (ids as in the training
         data). Unknown users are named and skipped, repeated ones count once."""
-        graph = self.interactions()
+        graph = self.interactions() if self._names() else None
         number = {name: u for u, name in enumerate(self.user_names)}
         files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".csv", ".txt"))
         found: dict[int, None] = {}
@@ -369,7 +401,7 @@ class ImplicitCFDataModule(ZooDataModule):
 
     def write(self, predictions: Iterable[dict[str, Any]], path: Path) -> list[Path]:
         """A CSV of user,rank,item,score with the users' and items' own ids, best first."""
-        self.dataset("train")
+        self._names()
         path = Path(path)
         if path.suffix != ".csv":
             path = path / "recommendations.csv"

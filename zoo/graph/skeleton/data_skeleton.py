@@ -200,8 +200,6 @@ class SkeletonActionDataModule(ZooDataModule):
         self.save_hyperparameters()
         if layout not in LAYOUTS or stream not in ("joint", "bone", "joint_motion", "bone_motion"):
             raise ValueError(f"layout is {layout!r} ({', '.join(LAYOUTS)}) and stream {stream!r} (joint, bone, ...).")
-        if root is None and layout != "ntu":
-            raise ValueError("The generated clips have layout 'ntu'; give a root for others.")
         if (
             min(frames, persons, train_size, val_size, test_size) < 1
             or split not in (1, 2, 3)
@@ -211,13 +209,15 @@ class SkeletonActionDataModule(ZooDataModule):
                 f"frames={frames}, persons={persons} and the sizes must be at least 1, split={split} 1...3, "
                 f"val_fraction={val_fraction} in [0, 1)."
             )
-        self._names: list[str] = list(ACTIONS) if root is None else []
+        self._names: list[str] = list(ACTIONS) if root is None and layout == "ntu" else []
 
     def _clips(self, skeleton: Any, label: Tensor | None, names: list[str]) -> Clips:
         return Clips(skeleton, label, names, self.hparams.layout, self.hparams.stream)
 
     def build(self) -> dict[str, Dataset]:
         hp = self.hparams
+        if self.root is None and hp.layout != "ntu":
+            raise ValueError(f"The generated clips have layout 'ntu'; layout {hp.layout!r} needs a root.")
         if self.root is None:
             sizes, found = {"train": hp.train_size, "val": hp.val_size, "test": hp.test_size}, {}
             for split, size in sizes.items():
