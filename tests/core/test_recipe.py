@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from zoo.core import ZooError, catalogue, recipe, results
+from zoo.core import ZooError, catalogue, recipe, results, tables
 from zoo.core.catalogue import Entry
 
 FACTS = """
@@ -263,3 +263,17 @@ def test_bare_code_is_what_is_left_without_words() -> None:
         "    def f(self):",
         '        return "é", 1',
     ]
+
+
+def test_results_are_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "is_stale", lambda label, evidence: label == "Line@far")
+    check = {"left": "ours", "op": ">", "right": "plain", "metric": "test/psnr", "margin": 0.1, "relative": False}
+    arms = {"ours": {"0": {"test/psnr": 31.0}, "1": {"test/psnr": 33.0}}, "plain": {"0": {"test/psnr": 30.0}}}
+    found = {"claim": "Ours derains better.", "paper": "31 dB", "comparable": False, "seeds": [0, 1], "arms": arms}
+    lines = tables._claim("Line@far", {**found, "holds": False, "checks": [{**check, "holds": False}], "cause": "rain"})
+    assert "| ours | 32.0000 ± 1.4142 |" in lines and "| plain | 30.0000 |" in lines
+    assert "Paper (other data or size): 31 dB" in lines and "Cause: rain" in lines
+    assert "- fails: ours > plain by 0.1 in test/psnr" in lines
+    assert any(line.startswith("The claim does not hold.") and "Stale" in line for line in lines)
+    parity = {"figures": {"net.forward": 1e-7, "big.forward": 3e-7, "step_float64": 1e-14}, "authors": "https://x"}
+    assert "forward 3.0e-07, step (float64) 1.0e-14." in tables._parity("Line", parity)[0]

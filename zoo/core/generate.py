@@ -1,4 +1,5 @@
-"""Writes what follows from the catalogue: ``.pyi`` faces, METHODS.md, the cards in hub/, the causes in results/.
+"""Writes what follows from the catalogue: ``.pyi`` faces, METHODS.md, docs/RESULTS.md, the cards in hub/, the causes
+in results/.
 
 ``--check`` only compares.
 
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from zoo.core import catalogue, results
+from zoo.core import catalogue, results, tables
 
 NAMED = {True: "holds", False: "does not hold", None: "not measured"}
 
@@ -121,7 +122,7 @@ def causes() -> dict[Path, str]:
 def main(argv: list[str] | None = None) -> int:
     """Write the generated files, or with ``--check`` name those that are stale and return 1."""
     check = "--check" in (sys.argv[1:] if argv is None else argv)
-    files = {**faces(), catalogue.ROOT.parent / "METHODS.md": methods(), **cards(), **causes()}
+    files = {**faces(), catalogue.ROOT.parent / "METHODS.md": methods(), **cards(), **causes(), **tables.page()}
     stale = [path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if check:
