@@ -11,7 +11,13 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 GROUPS = {"planetoid": "planetoid", "recsys": "recsys", "restoration": "restoration", "timeseries": "timeseries"}
-GROUPS |= {"text": "text_classification", "heterophily": "heterophily", "tu": "tu_graphs", "skeleton": "jhmdb_skeleton"}
+GROUPS |= {
+    "text": "text_classification",
+    "heterophily": "heterophily",
+    "tu": "tu_graphs",
+    "skeleton": "jhmdb_skeleton",
+    "hin": "hin",
+}
 
 
 def main(argv: list[str]) -> int:

@@ -1,6 +1,11 @@
+from .heterogeneous.data_hin import HINDataModule as HINDataModule
+from .heterogeneous.data_hin import HINRecommendationDataModule as HINRecommendationDataModule
+from .heterogeneous.restruct import ReStruct as ReStruct
 from .node.data_graphs import GraphClassificationDataModule as GraphClassificationDataModule
 from .node.data_nodes import NodeClassificationDataModule as NodeClassificationDataModule
+from .node.data_tokens import LargeGTTokenDataModule as LargeGTTokenDataModule
 from .node.lagnn import LAGNN as LAGNN
+from .node.large_gt import LargeGT as LargeGT
 from .node.n2 import N2 as N2
 from .physics.data_optical_sensing import OpticalSensingDataModule as OpticalSensingDataModule
 from .physics.deep_quantum_sensing import DeepQuantumSensing as DeepQuantumSensing

@@ -7,6 +7,7 @@ torch_geometric's layout; that package itself is not needed here.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -91,21 +92,22 @@ class Adjacency:
         scale = torch.zeros(nodes, dtype=dtype, device=weight.device).index_add(0, target, weight).rsqrt()
         self.source, self.target, self.nodes = source, target, nodes
         self.weight = scale[source] * weight * scale[target]  # (e + n)
-        self._sparse: Tensor | None = None
+        self._sparse: tuple[Tensor, Tensor] | None = None
 
     def __matmul__(self, x: Tensor) -> Tensor:
         """Shapes: x (n, h) float; returns (n, h), in the dtype of the weights."""
         x = x.to(self.weight.dtype)
-        if tracing(x):  # dense operations only: exportable, and shapes are enough for them
+        # dense operations only: exportable, shapes are enough for them, and devices without sparse rows know them
+        if tracing(x) or x.device.type not in ("cpu", "cuda"):
             return torch.zeros_like(x).index_add(0, self.target, x[self.source] * self.weight[:, None])
         if self._sparse is None:
             with torch.inference_mode(False):  # an inference tensor could not be used by a later training step
-                indices = torch.stack((self.target, self.source))
-                size = (self.nodes, self.nodes)
-                whole = torch.sparse_coo_tensor(indices, self.weight, size, check_invariants=False)
-                self._sparse = whole.coalesce()
+                there = _rows(self.target, self.source, self.weight, self.nodes)
+                back = _rows(self.source, self.target, self.weight, self.nodes)
+                parts = zip(_parts(there), _parts(back), strict=True)
+                self._sparse = there, there if all(torch.equal(*pair) for pair in parts) else back
         with torch.autocast(x.device.type, enabled=False):  # sparse products know no bfloat16
-            return torch.sparse.mm(self._sparse, x)
+            return _Product.apply(x, *self._sparse)
 
     def within(self, targets: Tensor, hops: int) -> tuple["Adjacency", Tensor, Tensor]:
         """The part that decides the output of ``hops`` convolutions at ``targets``.
@@ -127,6 +129,32 @@ class Adjacency:
         part.source, part.target = place[self.source[inside]], place[self.target[inside]]
         part.weight, part.nodes, part._sparse = self.weight[inside], len(nodes), None
         return part, nodes, place[targets]
+
+
+class _Product(torch.autograd.Function):
+    """A x for a constant sparse A, whose transpose is at hand: torch would make it anew in every backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Tensor, transposed: Tensor) -> Tensor:
+        ctx.transposed = transposed
+        return matrix @ x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.transposed @ gradient, None, None
+
+
+def _rows(row: Tensor, column: Tensor, value: Tensor, nodes: int) -> Tensor:
+    """Compressed sparse rows, (n, n); an entry listed twice counts twice."""
+    whole = torch.sparse_coo_tensor(torch.stack((row, column)), value, (nodes, nodes), check_invariants=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+        return whole.coalesce().to_sparse_csr()
+
+
+def _parts(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return matrix.crow_indices(), matrix.col_indices(), matrix.values()
 
 
 class SparseRows:
