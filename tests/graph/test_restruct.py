@@ -822,3 +822,14 @@ def test_random_judges_draw_by_their_turn() -> None:
         judge.turn(turn)
         draws.append([judge.select(PAP, [PAP] * 50, None) for _ in range(5)])
     assert draws[0] == draws[2] != draws[1]
+
+
+def test_a_checkpoint_does_not_say_whom_to_ask(tmp_path: Path) -> None:
+    data = HINDataModule()
+    data.setup()
+    server = {"kind": "server", "address": "https://elsewhere.example/v1", "model": "m"}
+    model = ReStruct.from_variant("tiny", **data.describe(), judge=server)
+    assert model.hyperparameters["judge"] == server
+    model.save_pretrained(tmp_path / "saved")
+    assert ReStruct.from_pretrained(tmp_path / "saved").hyperparameters["judge"] == {"kind": "similarity"}
+    assert ReStruct.from_pretrained(tmp_path / "saved", judge=server).hyperparameters["judge"] == server

@@ -51,7 +51,7 @@ def open_checkpoint(cls: Any, where: str | Path, **overrides: Any) -> Any:
         raise ZooError(f"{path} was not written by the zoo. `zoo convert` takes authors' checkpoints.")
     if content["zoo"]["class"] != cls.__name__:
         raise ZooError(f"{path} holds {content['zoo']['class']}, not {cls.__name__}.")
-    model = cls(**{**content["zoo"]["hyperparameters"], **overrides})
+    model = cls(**{**hub.trusted(cls, content["zoo"]["hyperparameters"]), **overrides})
     model.load_state_dict(content["state_dict"])
     model.data_memory = content["zoo"].get("data", {})
     return model.eval()

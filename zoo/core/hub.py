@@ -290,7 +290,7 @@ def read(cls: type[M], folder: Path, overrides: dict[str, Any]) -> M:
     except (SafetensorError, OSError) as error:
         raise ZooError(f"{weights} is not a readable safetensors file: {error}.") from error
     head = cls.head if overrides else ()  # type: ignore[attr-defined]
-    values = {**config["hyperparameters"], **overrides}
+    values = {**trusted(cls, config["hyperparameters"]), **overrides}
     relocate = getattr(cls, "load_extra", None)
     if relocate is not None:
         values = relocate(folder, values)
@@ -323,6 +323,11 @@ def read(cls: type[M], folder: Path, overrides: dict[str, Any]) -> M:
     nn.Module.load_state_dict(model, {**own, **state}, strict=True)
     model.data_memory = config.get("data", {})
     return model.eval()
+
+
+def trusted(cls: Any, hyperparameters: dict[str, Any]) -> dict[str, Any]:
+    """Those of a checkpoint's hyperparameters that it may set, see ``untrusted`` of `ZooModule`."""
+    return {key: value for key, value in hyperparameters.items() if key not in cls.untrusted}
 
 
 class _Undrawn(TorchFunctionMode):

@@ -33,6 +33,8 @@ class ZooModule(lightning.LightningModule, PyTorchModelHubMixin, library_name="p
             re-initialises exactly these.
         backbone_prefix: name prefix of a wrapped pretrained backbone. Where the hyperparameter ``backbone`` is a Hub
             id, its weights are left out of checkpoints and come from the Hub again.
+        untrusted: hyperparameters that a checkpoint cannot set, because they say whom to talk to: loading takes the
+            default, or what the caller gives.
         nan_keys: batch keys that may hold NaN (missing values that the method itself deals with).
     """
 
@@ -42,6 +44,7 @@ class ZooModule(lightning.LightningModule, PyTorchModelHubMixin, library_name="p
     head: ClassVar[tuple[str, ...]] = ()
     backbone_prefix: ClassVar[str] = "backbone."
     nan_keys: ClassVar[tuple[str, ...]] = ()
+    untrusted: ClassVar[tuple[str, ...]] = ()
 
     # ---- construction -------------------------------------------------------------------------------------------
 

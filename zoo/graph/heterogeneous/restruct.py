@@ -104,6 +104,7 @@ class ReStruct(SupervisedHIN):
         },
     }  # fmt: skip
     head = ("net.classifier",)
+    untrusted = ("judge",)  # a server's address, a model's name, files
 
     def __init__(
         self,
