@@ -1,6 +1,7 @@
 """Draw what is measured: `python -m benchmarks.pictures [NAME ...]` writes docs/NAME.png from results/ and data.
 
 n2_cost         time of N2's forward pass over the number of nodes (results/N2.json, written by `benchmarks speed N2`)
+restruct_acm    the meta-structure that hub/restruct-acm was trained along
 stigcn_clips    test clips of JHMDB with what hub/stigcn-jhmdb says of them (needs $ZOO_DATA/jhmdb)
 """
 
@@ -49,7 +50,11 @@ def stigcn_clips(path: Path) -> None:
     draw(batch["skeleton"][sure], "jhmdb", path, title=title)
 
 
-ALL = {"n2_cost": n2_cost, "stigcn_clips": stigcn_clips}
+def restruct_acm(path: Path) -> None:
+    load(DOCS.parent / "hub" / "restruct-acm").draw(path)
+
+
+ALL = {"n2_cost": n2_cost, "restruct_acm": restruct_acm, "stigcn_clips": stigcn_clips}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or ALL:

@@ -128,7 +128,8 @@ def test_checkpoints_hold_tensors_only_and_say_their_class(tmp_path: Path) -> No
     trainer = Trainer(tmp_path, accelerator="cpu", enable_progress_bar=False, max_steps=1)
     trainer.fit(Line(width=6), datamodule=LineDataModule())
     content = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
-    assert content["zoo"] == {"class": "Line", "hyperparameters": Line(width=6).hyperparameters}
+    own = {"class": "Line", "hyperparameters": Line(width=6).hyperparameters}
+    assert content["zoo"] == {**own, "data": {"class": "LineDataModule", **LineDataModule().remember()}}
 
 
 @pytest.mark.parametrize("wrap", [{}, {"params": 1}, {"state_dict": 1}, {"model": 1}])
