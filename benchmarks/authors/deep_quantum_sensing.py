@@ -8,7 +8,6 @@ import importlib
 import importlib.util
 import math
 import resource
-import statistics
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.measure import in_turns
 from zoo.graph.physics.data_optical_sensing import (
     SOURCES,
     OpticalSensingDataModule,
@@ -265,17 +265,8 @@ def golden(checkout: Path) -> dict[str, Tensor]:
 
 def _interleaved(calls: dict[str, Callable[[], Any]], runs: int, device: str = "cpu") -> dict[str, float]:
     """Median milliseconds of each call, taken in turns."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(runs + 1):
-        for name, call in calls.items():
-            wait()
-            start = time.perf_counter()
-            call()
-            wait()
-            if i:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(t) for name, t in times.items()}
+    found = in_turns(calls, device, runs)
+    return {name: found[f"{name}_ms"] for name in calls}
 
 
 def _memory(call: Callable[[], Any], device: str) -> float:

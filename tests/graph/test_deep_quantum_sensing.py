@@ -447,7 +447,7 @@ def test_attention_by_loops() -> None:
     x = torch.randn(5, 6, dtype=torch.float64)
     adjacency = torch.rand(5, 5) < 0.5
     adjacency[range(5), range(5)] = True
-    out = layer(x, None, adjacency[None])
+    out = layer(x, None, None, adjacency[None])
     q, k, v = (part.view(5, 2, 6) for part in layer.project(x)[:, :36].split(12, -1))
     skip = layer.project(x)[:, 36:]
     for i in range(5):

@@ -109,6 +109,7 @@ class GraphAttention(nn.Module):
 
     Shapes:
         x: (rows, c) nodes; rows: their places in the (b * n) grid, or None if all of it is there
+        places: (b * n,) which row stands in each place, any at all in blank ones, or None as ``rows``
         adjacency: (b, n, n) bool, at least one True a row; returns: (rows, c)
     """
 
@@ -118,11 +119,11 @@ class GraphAttention(nn.Module):
         self.project = nn.Linear(dim, 3 * heads * dim + dim)  # query, key, value, skip
         self.gate = nn.Linear(3 * dim, 1, bias=False)
 
-    def forward(self, x: Tensor, rows: Tensor | None, adjacency: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: Tensor | None, places: Tensor | None, adjacency: Tensor) -> Tensor:
         b, n, _ = adjacency.shape
         qkv, skip = self.project(x).split([3 * self.heads * self.dim, self.dim], -1)
-        if rows is not None:
-            qkv = qkv.new_zeros(b * n, qkv.shape[-1]).index_copy(0, rows, qkv)
+        if places is not None:
+            qkv = qkv.index_select(0, places)  # nobody looks at blank places, whatever stands there
         q, k, v = qkv.view(b, n, 3, self.heads, self.dim).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, adjacency.unsqueeze(1), dropout)
@@ -141,8 +142,10 @@ class GraphBlock(nn.Module):
         self.widen, self.norm = nn.Linear(dim, 4 * dim), NodeNorm(4 * dim)
         self.narrow, self.dropout = nn.Linear(4 * dim, dim), nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, rows: Tensor | None, adjacency: Tensor, weight: Tensor | None) -> Tensor:
-        x = self.attention(x, rows, adjacency)
+    def forward(
+        self, x: Tensor, rows: Tensor | None, places: Tensor | None, adjacency: Tensor, weight: Tensor | None
+    ) -> Tensor:
+        x = self.attention(x, rows, places, adjacency)
         return self.narrow(self.dropout(F.gelu(self.norm(self.widen(x), weight))))
 
 
@@ -171,13 +174,14 @@ class GraphPredictor(nn.Module):
         rows = flat.nonzero().squeeze(1) if pack else None
         weight = None if pack else flat
         x = x if rows is None else x[rows]
+        places = None if rows is None else (flat.cumsum(0) - 1).clamp_min(0)
         # A blank place looks at itself: a row without anything to look at would give NaN.
         adjacency = adjacency | torch.diag_embed(~mask)
         x = F.gelu(self.norm(self.embed(x), weight))
         for block in self.blocks:
-            x = block(x, rows, adjacency, weight)
+            x = block(x, rows, places, adjacency, weight)
         if rows is not None:
-            x = x.new_zeros(b * n, x.shape[-1]).index_copy(0, rows, x)
+            x = x.index_select(0, places)
         x = x.view(b, n, -1).masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(1)
         return self.head(x).squeeze(-1)
 
