@@ -14,6 +14,7 @@
 
 import argparse
 import importlib
+import inspect
 import json
 import os
 import resource
@@ -240,7 +241,11 @@ def checkpoint(args: argparse.Namespace) -> dict[str, Any]:
     last = done / f"{plan.get('evaluate', 'best')}.ckpt"
     from zoo.core.command import open_checkpoint
 
-    model = open_checkpoint(catalogue.load_class(name), last if last.is_file() else done / "last.ckpt")
+    cls = catalogue.load_class(name)
+    # files that training began with are this machine's, and what they held is in the weights
+    known = inspect.signature(cls).parameters
+    own = [k for k, v in plan.get("model", {}).items() if "{prepare}" in str(v) and k != "backbone"]
+    model = open_checkpoint(cls, last if last.is_file() else done / "last.ckpt", **{k: known[k].default for k in own})
     if not model.data_memory:  # trained before checkpoints remembered their data
         chosen = catalogue.load_datamodule(plan.get("datamodule") or name)
         model.remember(chosen(**plan.get("data", {})))

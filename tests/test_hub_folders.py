@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,10 @@ def test_figures_are_those_of_the_card(name: str, point: dict[str, Any], tmp_pat
     for result in card.data.eval_results:
         found = float(trainer.callback_metrics[f"test/{result.metric_type}"])
         assert math.isclose(found, result.metric_value, rel_tol=1e-3, abs_tol=1e-4), (result.metric_type, found)
+
+
+@pytest.mark.parametrize("folder", sorted(p.name for p in HUB.iterdir() if p.is_dir()))
+def test_no_path_of_the_machine_that_trained_it_is_published(folder: str) -> None:
+    for file in ("config.json", "README.md"):
+        found = re.findall(r"(?<![\w/:.])/(?:[\w.-]+/)+[\w.-]+", (HUB / folder / file).read_text(encoding="utf-8"))
+        assert not found, f"{file} names {found[0]}"
