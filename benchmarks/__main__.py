@@ -246,9 +246,6 @@ def checkpoint(args: argparse.Namespace) -> dict[str, Any]:
     known = inspect.signature(cls).parameters
     own = [k for k, v in plan.get("model", {}).items() if "{prepare}" in str(v) and k != "backbone"]
     model = open_checkpoint(cls, last if last.is_file() else done / "last.ckpt", **{k: known[k].default for k in own})
-    if not model.data_memory:  # trained before checkpoints remembered their data
-        chosen = catalogue.load_datamodule(plan.get("datamodule") or name)
-        model.remember(chosen(**plan.get("data", {})))
     place = catalogue.ROOT.parent / "hub" / args.path
     part = place.with_name(f".{args.path}")
     shutil.rmtree(part, ignore_errors=True)

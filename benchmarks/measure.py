@@ -1,4 +1,4 @@
-"""Time and memory of a few calls beside each other."""
+"""Differences, and time and memory of a few calls beside each other."""
 
 import statistics
 import time
@@ -6,30 +6,42 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    """max |ours - theirs| / max |theirs|."""
+    ours, theirs = ours.detach(), theirs.detach()
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
 
 
 def in_turns(runs: Mapping[str, Callable[[], Any]], device: str = "cpu", rounds: int = 3) -> dict[str, float]:
-    """Median milliseconds and peak MiB of each call: ``{"ours_ms": ..., "ours_mib": ..., "authors_ms": ...}``.
+    """Median milliseconds and peak MiB of each call: ``{"ours_ms": ..., "ours_mib": ..., "authors_ms": ...}``."""
+    times = timed(runs, device, rounds)
+    return times | {f"{who}_mib": peak(run, device) for who, run in runs.items()}
+
+
+def timed(runs: Mapping[str, Callable[[], Any]], device: str = "cpu", rounds: int = 3) -> dict[str, float]:
+    """Median milliseconds of each call, after one to warm up: ``{"ours_ms": ..., "authors_ms": ...}``.
 
     The calls take turns, so that a change of the machine's load falls on all. On the CPU with one thread it is the
     process's own time, which others' load does not enter.
     """
-    row = {f"{who}_mib": peak(run, device) for who, run in runs.items()}  # also the warm-up
     clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {who: [] for who in runs}
-    for _ in range(rounds):
+    for turn in range(rounds + 1):
         for who, run in runs.items():
             start = clock()
             run()
             if device != "cpu":
                 torch.cuda.synchronize()
-            times[who].append(1e3 * (clock() - start))
-    return row | {f"{who}_ms": statistics.median(values) for who, values in times.items()}
+            if turn:
+                times[who].append(1e3 * (clock() - start))
+    return {f"{who}_ms": statistics.median(values) for who, values in times.items()}
 
 
 def peak(run: Callable[[], Any], device: str = "cpu") -> float:
-    """Peak MiB above what was held before, on the CPU by the allocator's records. Calls ``run`` twice."""
-    run()
+    """Peak MiB of a call above what was held before, on the CPU by the allocator's records. Warm it up first."""
     if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -40,7 +52,7 @@ def peak(run: Callable[[], Any], device: str = "cpu") -> float:
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run()
     held = most = 0
-    for event in profile.profiler.kineto_results.events():  # in the order of time
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
             held += event.nbytes()
             most = max(most, held)

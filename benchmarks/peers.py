@@ -45,15 +45,8 @@ def lightgcn(device: str) -> dict[str, Any]:
     index, weight = gcn_norm(edges, None, users + items, add_self_loops=False)
     adjacency = to_torch_csr_tensor(index, weight, (users + items, users + items))
 
-    def step(loss: Callable[[], Tensor], parameters: Any) -> Callable[[], None]:
-        optimizer = torch.optim.Adam(parameters, lr=1e-3)
-
-        def run() -> None:
-            optimizer.zero_grad()
-            loss().backward()
-            optimizer.step()
-
-        return run
+    def step(loss: Callable[[], Tensor], net: torch.nn.Module) -> Callable[[], None]:
+        return _update(torch.optim.Adam(net.parameters(), lr=1e-3), loss)
 
     def ours_loss(model: Any) -> Tensor:
         return model.losses({"user": user, "item": item, "negative": negative})["loss"]
@@ -63,20 +56,18 @@ def lightgcn(device: str) -> dict[str, Any]:
         positive, wrong = theirs(graph, nodes).chunk(2)
         return theirs.recommendation_loss(positive, wrong, node_id=nodes.unique(), lambda_reg=1e-4)
 
-    for conv in theirs.convs:
-        conv.normalize = True
     row = in_turns(
         {
-            "ours": step(lambda: ours_loss(ours), ours.parameters()),
-            "torch_geometric": step(lambda: theirs_loss(edges), theirs.parameters()),
+            "ours": step(lambda: ours_loss(ours), ours),
+            "torch_geometric": step(lambda: theirs_loss(edges), theirs),
         },
         device,
     )
     for conv in theirs.convs:
         conv.normalize = False  # the adjacency is normalised already
-    row |= in_turns({"torch_geometric_sparse": step(lambda: theirs_loss(adjacency), theirs.parameters())}, device)
+    row |= in_turns({"torch_geometric_sparse": step(lambda: theirs_loss(adjacency), theirs)}, device)
     whole = NESCL(**sizes).set_graph(pairs).to(device)
-    row |= in_turns({"ours_nescl": step(lambda: ours_loss(whole), whole.parameters())}, device, rounds=2)
+    row |= in_turns({"ours_nescl": step(lambda: ours_loss(whole), whole)}, device, rounds=2)
     steps = math.ceil(pairs.shape[1] / 4096)
     row |= {f"{who}_epoch_s": steps * row[f"{who}_ms"] / 1e3 for who in _sides(row)}
 
@@ -120,13 +111,11 @@ def gcn(device: str) -> dict[str, Any]:
     matrix = to_torch_csr_tensor(graph, size=(nodes, nodes))
 
     def epoch(net: torch.nn.Module, forward: Callable[[], Tensor]) -> Callable[[], None]:
-        optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+        update = _update(torch.optim.Adam(net.parameters(), lr=0.01), lambda: F.cross_entropy(forward(), y))
 
         def run() -> None:
             net.train()
-            optimizer.zero_grad()
-            F.cross_entropy(forward(), y).backward()
-            optimizer.step()
+            update()
             net.eval()
             with torch.no_grad():
                 forward()
@@ -164,14 +153,7 @@ def lora(device: str) -> dict[str, Any]:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "label": torch.randint(2, (16,), device=device)}
 
     def step(net: Any, loss: Callable[[], Tensor]) -> Callable[[], None]:
-        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-4)
-
-        def run() -> None:
-            optimizer.zero_grad()
-            loss().backward()
-            optimizer.step()
-
-        return run
+        return _update(torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-4), loss)
 
     runs = {
         "ours": step(ours, lambda: ours.training_step(batch, 0)),
@@ -181,6 +163,15 @@ def lora(device: str) -> dict[str, Any]:
         ),
     }
     return {"train_step": in_turns(runs, device, rounds=9)}
+
+
+def _update(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Callable[[], None]:
+    def run() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+    return run
 
 
 def _sides(row: dict[str, float]) -> list[str]:

@@ -16,7 +16,7 @@ place = pathlib.Path(zoo.__file__)
 assert "clean" in place.parts, f"imported from {place}, not from the wheel"
 from zoo.core import catalogue, results
 assert len(catalogue.names()) >= 7, catalogue.names()
-assert results.all_results(), "no evidence in the wheel"
+assert list(results.FOLDER.glob("*.json")), "no evidence in the wheel"
 assert not {"torch", "lightning", "pytest"} & set(sys.modules)
 assert (place.parent / "py.typed").is_file() and (place.parent / "vision" / "__init__.pyi").is_file()
 assert "torch_geometric" in str(importlib.metadata.requires("paper-zoo"))

@@ -128,7 +128,7 @@ def _info(argv: list[str]) -> None:
     entry = catalogue.entry(args.name)
     facts = entry.facts
     name = facts["class"]
-    evidence = {k: v for k, v in results.all_results().items() if k.split("@")[0] == name}
+    evidence = results.of(name)
     if args.json:
         print(json.dumps({**facts, "recipes": entry.recipes, "results": evidence}, indent=1))
         return

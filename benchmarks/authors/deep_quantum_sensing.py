@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import in_turns
+from benchmarks.measure import error, in_turns
 from zoo.graph.physics.data_optical_sensing import (
     SOURCES,
     OpticalSensingDataModule,
@@ -33,10 +33,6 @@ ENVIRONMENTS = {
     "Y": "get_loader_qfm_var_Y_quantize45",
     "XX": "get_loader_qfm_var_XX",
 }
-
-
-def _error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.detach() - theirs.detach()).abs().max() / theirs.detach().abs().max().clamp(min=1e-12))
 
 
 @contextlib.contextmanager
@@ -146,11 +142,11 @@ def _step(theirs: nn.Module, call: Callable[[], Tensor], devices: Tensor, qfi: T
     """Forward in both modes, loss, gradients and one Adam step."""
     ours = _ours(theirs)
     theirs.eval(), ours.eval()
-    found = {f"{name}forward": _error(ours(devices), call())}
+    found = {f"{name}forward": error(ours(devices), call())}
     theirs.train(), ours.train()
-    found[f"{name}forward_training"] = _error(mine := ours(devices), other := call())
+    found[f"{name}forward_training"] = error(mine := ours(devices), other := call())
     loss, wanted = qfi_loss(mine, qfi), nn.functional.mse_loss(other, qfi)
-    found[f"{name}loss"] = _error(loss, wanted)
+    found[f"{name}loss"] = error(loss, wanted)
     loss.backward(), wanted.backward()
     largest = max(float(p.grad.abs().max()) for p in theirs.parameters() if p.grad is not None)
     gradients = _named(ours, theirs, lambda p: p.grad)
@@ -163,9 +159,9 @@ def _step(theirs: nn.Module, call: Callable[[], Tensor], devices: Tensor, qfi: T
     optimizer = torch.optim.Adam(theirs.parameters(), lr=1e-4, weight_decay=1e-5)
     optimizer.step(), ours.configure_optimizers().step()
     stepped = _named(ours, theirs, lambda p: p.detach())
-    found[f"{name}step"] = max(_error(own[k], v) for k, v in stepped.items())
+    found[f"{name}step"] = max(error(own[k], v) for k, v in stepped.items())
     states = _named_state(ours, theirs)
-    found[f"{name}statistics"] = max(_error(ours.state_dict()[k], v) for k, v in states.items())
+    found[f"{name}statistics"] = max(error(ours.state_dict()[k], v) for k, v in states.items())
     return found
 
 
@@ -186,19 +182,19 @@ def compare(checkout: Path) -> dict[str, float]:
         devices = _setups(count, paths, longest)
         theirs = torch.stack([_their_state(optics, setup, paths, 4) for setup in devices.tolist()])
         ours = OpticalSimulator(paths)(devices)
-        found[f"state_{paths}_photons"] = _error(ours, theirs)
+        found[f"state_{paths}_photons"] = error(ours, theirs)
         if paths == 4:
             labelled, states = devices, theirs
     fine = _setups(3, 4, 3, angles=90, seed=5)
     theirs = torch.stack([_their_state(optics, setup, 4, 90) for setup in fine.tolist()])
-    found["state_fine_angles"] = _error(OpticalSimulator(4, 90)(fine), theirs)
+    found["state_fine_angles"] = error(OpticalSimulator(4, 90)(fine), theirs)
     with tempfile.TemporaryDirectory() as folder:
         path = _text_file(Path(folder), labelled, states, 4)
         for environment, loader in ENVIRONMENTS.items():
             graphs = _their_graphs(checkout, path, loader, len(labelled))
             data = OpticalSensingDataModule(folder, environment=environment)
             read, qfi, _ = data._files()
-            found[f"qfi_{environment}"] = _error(qfi.double(), torch.tensor([g.y for g in graphs]))
+            found[f"qfi_{environment}"] = error(qfi.double(), torch.tensor([g.y for g in graphs]))
         wrong = 0
         for setup, graph in zip(labelled, graphs, strict=True):
             x, adjacency, mask = (part[0] for part in encode(setup[None], 4, 4))
@@ -223,7 +219,7 @@ def compare(checkout: Path) -> dict[str, float]:
             module = importlib.import_module("utils.train_utils")
             graphs = list(module.get_loader_qfm_var_XX_quantize2(str(path))[0].dataset)
     batch, wide = _collate(graphs), wide.eval()
-    found["forward_fine_angles"] = _error(_ours(wide).eval()(fine), wide(batch.x, batch.edge_index, batch.batch))
+    found["forward_fine_angles"] = error(_ours(wide).eval()(fine), wide(batch.x, batch.edge_index, batch.batch))
     return found
 
 
@@ -261,31 +257,6 @@ def golden(checkout: Path) -> dict[str, Tensor]:
             first = "emb.0.weight" if name == "gnn" else "back.0.weight"
             kept[f"{name}.gradient"] = dict(theirs.named_parameters())[first].grad.clone()
     return kept
-
-
-def _interleaved(calls: dict[str, Callable[[], Any]], runs: int, device: str = "cpu") -> dict[str, float]:
-    """Median milliseconds of each call, taken in turns."""
-    found = in_turns(calls, device, runs)
-    return {name: found[f"{name}_ms"] for name in calls}
-
-
-def _memory(call: Callable[[], Any], device: str) -> float:
-    """Most MiB that a call takes beyond what was there: of the GPU's allocator, or of tensors on the CPU."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as taken:
-        call()
-    level = top = 0
-    for event in sorted(taken.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            level += event.nbytes()
-            top = max(top, level)
-    return top / 2**20
 
 
 def speed(checkout: Path | None, device: str = "cpu") -> dict[str, dict]:
@@ -331,14 +302,10 @@ def speed(checkout: Path | None, device: str = "cpu") -> dict[str, dict]:
                 return net.eval()(batch.x.float(), batch.edge_index, batch.batch)
 
             rows["train_step"]["authors"], rows["predict"]["authors"] = other, infer
-        for row, calls in rows.items():
-            entry = {f"{who}_ms": ms for who, ms in _interleaved(calls, 7, device).items()}
-            entry |= {f"{who}_mib": _memory(call, device) for who, call in calls.items()}
-            found[f"{row}_{paths}_photons"] = entry
+        found |= {f"{row}_{paths}_photons": in_turns(calls, device, 7) for row, calls in rows.items()}
         simulator, many = OpticalSimulator(paths).to(device), _setups(1024, paths, 15).to(device)
-        calls = {"ours": lambda s=simulator, m=many: s(m)}
-        entry = {"ours_ms": _interleaved(calls, 5, device)["ours"] / len(many)}
-        entry["ours_mib"] = _memory(calls["ours"], device)
+        entry = in_turns({"ours": lambda s=simulator, m=many: s(m)}, device, 5)
+        entry["ours_ms"] /= len(many)
         if checkout is not None:
             optics = _optics(checkout)
             # Theirs takes minutes for eight photons and many devices: a few short setups, both sides the same.

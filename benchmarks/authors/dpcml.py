@@ -15,7 +15,8 @@ import torch
 from scipy.sparse import lil_matrix
 from torch import Tensor
 
-from benchmarks.authors.nescl import _error, _graph, _load, _peak, _timed
+from benchmarks.authors.nescl import _error, _graph, _load, _peak
+from benchmarks.measure import timed
 from zoo.graph.recommendation.dpcml import DPCML, LibCMLMetrics, diversity_loss
 
 CASES: dict[str, dict[str, Any]] = {
@@ -280,7 +281,7 @@ def speed(checkout: Path | None, device: str = "cpu") -> dict[str, dict[str, flo
             steps["scores"]["authors"] = their_scores
             steps["negatives"]["authors"] = sampler.sampling
         rounds = {"train_step": 30, "scores": 15, "negatives": 3}
-        result = {name: _timed(pair, rounds[name], device) for name, pair in steps.items()}
+        result = {name: timed(pair, device, rounds[name]) for name, pair in steps.items()}
         for name, pair in steps.items():
             for side, step in pair.items():
                 result[name][f"{side}_mib"] = _peak(step, device)

@@ -6,9 +6,7 @@ PyPOTS installed. Their package for coloured prints is replaced by an empty one.
 
 import contextlib
 import importlib
-import statistics
 import sys
-import time
 import types
 import unittest.mock
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import multivariate_normal
 
+from benchmarks.measure import in_turns
 from zoo.tabular.timeseries.bases import cauchy_kernel, whitening
 from zoo.tabular.timeseries.glocal_ib import GlocalIB, contrastive_alignment, cosine_alignment
 
@@ -475,19 +474,6 @@ def _golden_gpvae(authors: types.SimpleNamespace, data: dict[str, Tensor]) -> di
     return out
 
 
-def _peak_mib(step: Any) -> float:
-    """Peak of what a step allocates on the CPU beyond what was there before, in MiB."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda e: e.start_ns())
-    level = peak = 0
-    for event in events:
-        level += event.nbytes()
-        peak = max(peak, level)
-    return peak / 2**20
-
-
 def speed(checkout: Path | None, device: str = "cpu") -> dict[str, dict]:
     """A training step (batch 32, 96 steps, 7 channels, d_model 256, dropout 0.1), ours and theirs in turn, median.
 
@@ -548,25 +534,5 @@ def _speed_row(
         own.step()
 
     steps["ours"] = step_ours
-    cpu = torch.device(device).type == "cpu"
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range((3 if base in ("timesnet", "gpvae") else 12) if cpu else 50):
-        for name, step in steps.items():
-            if not cpu:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            step()
-            if not cpu:
-                torch.cuda.synchronize()
-            if i:
-                times[name].append(time.perf_counter() - start)
-    row = {f"{name}_ms": 1000 * statistics.median(values) for name, values in times.items()}
-    for name, step in steps.items():
-        if cpu:
-            row[f"{name}_mib"] = _peak_mib(step)
-        else:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            step()
-            row[f"{name}_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return row
+    rounds = 50 if device != "cpu" else 2 if base in ("timesnet", "gpvae") else 11
+    return in_turns(steps, device, rounds)

@@ -8,9 +8,7 @@ import ast
 import contextlib
 import importlib.util
 import io
-import statistics
 import sys
-import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,19 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.measure import error, in_turns, timed
 from zoo.graph.node.lagnn import LAGNN, Generator, augmentation_loss, generator_loss, read_authors_generator
 from zoo.nn.graph import Adjacency, row_normalise
 
 EDGES = 40
 
 
-def _error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.detach() - theirs.detach()).abs().max() / theirs.detach().abs().max().clamp(min=1e-12))
-
-
 def _worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
-    return max(_error(ours[key], theirs[key]) for key in theirs)
+    return max(error(ours[key], theirs[key]) for key in theirs)
 
 
 def _module(path: Path, name: str) -> Any:
@@ -124,10 +119,10 @@ def _steps(
     names = dict(zip(ours.net.state_dict(), theirs.state_dict(), strict=True))
     ordered = dict(theirs.named_parameters())
     ours_named = dict(ours.net.named_parameters())
-    gradients = max(_error(p.grad, ordered[names[key]].grad) for key, p in ours_named.items())
+    gradients = max(error(p.grad, ordered[names[key]].grad) for key, p in ours_named.items())
     optimizer.step(), own.step()
-    step = max(_error(p, ordered[names[key]]) for key, p in ours_named.items())
-    return {"forward": _error(log_probs[0], outputs[0]), "loss": _error(loss_ours, loss_theirs),
+    step = max(error(p, ordered[names[key]]) for key, p in ours_named.items())
+    return {"forward": error(log_probs[0], outputs[0]), "loss": error(loss_ours, loss_theirs),
             "gradients": gradients, "step": step}  # fmt: skip
 
 
@@ -151,9 +146,9 @@ def compare(checkout: Path) -> dict[str, float]:
         adjacency = _adjacency(utils, graph)
         graph["own"] = torch.tensor(utils.normalize_features(x.numpy()), dtype=torch.float32)
         # A row of zeros is 0 with us; their reciprocal of its sum is infinite and set to 0 as well.
-        found["features"] = _error(row_normalise(x), graph["own"])
+        found["features"] = error(row_normalise(x), graph["own"])
         identity = torch.eye(len(x))
-        found["adjacency"] = _error(Adjacency(graph["edge_index"], len(x)) @ identity, adjacency.to_dense())
+        found["adjacency"] = error(Adjacency(graph["edge_index"], len(x)) @ identity, adjacency.to_dense())
 
         # Stage 1: forward, loss and one Adam step on equal pairs and equal noise.
         vae = _vae(cvae_models, f)
@@ -168,12 +163,12 @@ def compare(checkout: Path) -> dict[str, float]:
             theirs = vae(x[target], x[source])
             torch.manual_seed(3)
             mine = ours(x[target], x[source])
-            found[f"generator_{kind}_forward"] = max(_error(a, b) for a, b in zip(mine, theirs[:3], strict=True))
+            found[f"generator_{kind}_forward"] = max(error(a, b) for a, b in zip(mine, theirs[:3], strict=True))
             losses = (
                 loss(theirs[0], x[target], theirs[1], theirs[2]),
                 generator_loss(mine[0], x[target], *mine[1:], kind),
             )
-            found[f"generator_{kind}_loss"] = _error(losses[1], losses[0])
+            found[f"generator_{kind}_loss"] = error(losses[1], losses[0])
             for value, optimizer in zip(losses, optimizers, strict=True):
                 value.backward()
                 optimizer.step()
@@ -197,10 +192,10 @@ def compare(checkout: Path) -> dict[str, float]:
             model.load_generator(content)
             rows = (torch.rand(30, width) < 0.1).float()
             z = torch.randn(1, 30, latent, generator=torch.Generator().manual_seed(9))[0]
-            found[f"shipped_{Path(file).stem}"] = _error(model.draw(rows, seed=9)[0], theirs.eval().inference(z, rows))
+            found[f"shipped_{Path(file).stem}"] = error(model.draw(rows, seed=9)[0], theirs.eval().inference(z, rows))
             if kind == "gaussian":  # their scripts draw in train mode
                 model.generator.batch_statistics = True
-                found["shipped_arxiv_batch_statistics"] = _error(
+                found["shipped_arxiv_batch_statistics"] = error(
                     model.draw(rows, seed=9)[0], theirs.train().inference(z, rows)
                 )
 
@@ -210,7 +205,7 @@ def compare(checkout: Path) -> dict[str, float]:
         ours = _method(theirs, vae)
         z = torch.randn(1, len(x), 5, generator=torch.Generator().manual_seed(5))[0]
         (normalise,) = _taken(citation / "cvae_pretrain.py", "feature_tensor_normalize", torch=torch)
-        found["draw"] = _error(ours.draw(x, seed=5)[0], normalise(vae.inference(z, x)))
+        found["draw"] = error(ours.draw(x, seed=5)[0], normalise(vae.inference(z, x)))
         figures = _steps(theirs, ours, graph, lambda xs: theirs(xs, adjacency), utils, consistency)
         found |= {f"lagcn_{key}": value for key, value in figures.items()}
 
@@ -229,7 +224,7 @@ def compare(checkout: Path) -> dict[str, float]:
         state |= {f"classifier.{p}": getattr(theirs.fcs[2], p) for p in ("weight", "bias")}
         ours.net.load_state_dict(state)
         sample = ours.eval().draw(x, 5)
-        found["lagcnii_forward"] = _error(
+        found["lagcnii_forward"] = error(
             ours(x, graph["edge_index"], sample), theirs.eval()([*sample, graph["own"]], adjacency)
         )
 
@@ -244,7 +239,7 @@ def compare(checkout: Path) -> dict[str, float]:
             {f"{o}.{p}": getattr(getattr(theirs, t), p) for o, t in (("hidden", "layer1"), ("classifier", "layer2"))
              for p in ("weight", "bias")}
         )  # fmt: skip
-        found["lagrand_forward"] = _error(
+        found["lagrand_forward"] = error(
             ours(x, graph["edge_index"]), theirs.eval()(spread(graph["own"].clone(), adjacency, False))
         )
 
@@ -270,7 +265,7 @@ def compare(checkout: Path) -> dict[str, float]:
         theirs.dropout = 0.0
         for mode in (True, False):  # with batch statistics, then with the running ones that this made
             theirs.train(mode), ours.net.train(mode)
-            found[f"ogb_{'train' if mode else 'eval'}_forward"] = _error(
+            found[f"ogb_{'train' if mode else 'eval'}_forward"] = error(
                 ours(x, graph["edge_index"], sample), theirs([*sample, x], graph["edge_index"])
             )
     return found
@@ -390,8 +385,8 @@ def speed(checkout: Path | None, device: str = "cpu") -> dict[str, dict[str, flo
 
     if checkout is None:
         return {
-            "epoch": {f"ours_{k}": v for k, v in _measure({"ours": own_epoch}, device)["ours"].items()},
-            "generator_step": _per_step(_measure({"ours": lambda: own_stage(4), "base": lambda: own_stage(0)}, device)),
+            "epoch": in_turns({"ours": own_epoch}, device, 5),
+            "generator_step": _per_step({"ours": lambda: own_stage(4), "base": lambda: own_stage(0)}, device),
         }
     with _citation(checkout):
         import cvae_models
@@ -436,44 +431,18 @@ def speed(checkout: Path | None, device: str = "cpu") -> dict[str, dict[str, flo
                     cpu["mask"].nonzero().flatten(),
                 )  # fmt: skip
 
-        epoch = _measure({"ours": own_epoch, "authors": their_epoch}, device)
-        stage = _measure(
+        epoch = in_turns({"ours": own_epoch, "authors": their_epoch}, device, 5)
+        stage = _per_step(
             {"ours": lambda: own_stage(4), "base": lambda: own_stage(0),
              "authors": lambda: their_stage(1), "authors_base": lambda: their_stage(0)}, device,
         )  # fmt: skip
-    return {
-        "epoch": {f"{side}_{key}": value for side in epoch for key, value in epoch[side].items()},
-        "generator_step": _per_step(stage),
-    }
+    return {"epoch": epoch, "generator_step": stage}
 
 
-def _per_step(stage: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Four steps less what both sides do before them."""
-    found = {"ours_ms": (stage["ours"]["ms"] - stage["base"]["ms"]) / 4}
-    if "authors" in stage:
-        found["authors_ms"] = (stage["authors"]["ms"] - stage["authors_base"]["ms"]) / 4
-    return found
-
-
-def _measure(calls: dict[str, Callable[[], Any]], device: str, runs: int = 5) -> dict[str, dict[str, float]]:
-    """Medians of CPU time on a CPU (other processes do not count) and of wall time on CUDA, the calls in turns."""
-    cuda = device.startswith("cuda")
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    peaks: dict[str, float] = {}
-    for turn in range(runs + 1):
-        for name, call in calls.items():
-            if cuda:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            clock = time.perf_counter if cuda else time.process_time
-            start = clock()
-            call()
-            if cuda:
-                torch.cuda.synchronize()
-                peaks[name] = torch.cuda.max_memory_allocated() / 2**20
-            if turn:
-                times[name].append(1e3 * (clock() - start))
-    found = {name: {"ms": statistics.median(values)} for name, values in times.items()}
-    for name, peak in peaks.items():
-        found[name]["mib"] = peak
+def _per_step(calls: dict[str, Callable[[], Any]], device: str) -> dict[str, float]:
+    """Milliseconds of four steps, less what both sides do before them."""
+    stage = timed(calls, device, 5)
+    found = {"ours_ms": (stage["ours_ms"] - stage["base_ms"]) / 4}
+    if "authors" in calls:
+        found["authors_ms"] = (stage["authors_ms"] - stage["authors_base_ms"]) / 4
     return found

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.measure import error, in_turns
 from zoo.graph.node.data_tokens import Rows, averages, exact_sequences, quantile_labels
 from zoo.graph.node.large_gt import LargeGT, _names
 
@@ -23,8 +24,7 @@ K = 6
 
 
 def _error(ours: Tensor, theirs: Tensor) -> float:
-    ours, theirs = ours.detach().double(), theirs.detach().double()
-    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
+    return error(ours.double(), theirs.double())
 
 
 def _rearrange(x: Tensor, pattern: str, h: int = 0) -> Tensor:
@@ -339,7 +339,6 @@ def speed(checkout: Path | None, device: str = "cpu") -> dict[str, dict[str, flo
     1,024); the codebook of a step alone, at the paper's batch; sequences of a graph. Both start from the batch's node
     numbers: putting together what the network takes is part of it.
     """
-    from benchmarks.measure import in_turns
 
     found = {}
     sizes = {"in_channels": 100, "hidden_channels": 256, "out_channels": 47, "global_dim": 64, "heads": 2}

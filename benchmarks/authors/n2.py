@@ -2,9 +2,7 @@
 
 import contextlib
 import io
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.measure import error, in_turns
 from zoo.graph.node.n2 import N2, _names, _ours
 
 SIZES = {"d_model": 24, "q_dim": 8, "n_q": 4, "n_pnode": 12, "T": 3}
 PAPER = {"d_model": 128, "q_dim": 64, "n_q": 8, "n_c": 1, "n_pnode": 256, "T": 4, "dropout": 0.4}
 PATHS = ("collect", "inspect", "collect_again", "dispatch", "output")
-
-
-def _error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.detach() - theirs.detach()).abs().max() / theirs.detach().abs().max().clamp(min=1e-12))
 
 
 @contextlib.contextmanager
@@ -117,9 +112,9 @@ def _run(theirs: nn.Module, ours: N2, graph: dict[str, Any], task: str = "single
     data = _data(graph)
     output = theirs(data)
     logits = ours.logits(graph)
-    found = {"forward": _error(logits.log_softmax(-1) if task == "single-class" else logits, output)}
+    found = {"forward": error(logits.log_softmax(-1) if task == "single-class" else logits, output)}
     losses = {"theirs": _loss(output, graph, task), "ours": ours.training_step(graph, 0)}
-    found["loss"] = _error(losses["ours"], losses["theirs"])
+    found["loss"] = error(losses["ours"], losses["theirs"])
     optimizers = [torch.optim.Adam(theirs.parameters(), lr=1e-3, weight_decay=1e-6)]
     optimizers.append(ours.configure_optimizers()["optimizer"])
     for loss in losses.values():
@@ -131,10 +126,10 @@ def _run(theirs: nn.Module, ours: N2, graph: dict[str, Any], task: str = "single
     # The few weights of all path integrals are one vector: single ones have gradients that are all rounding.
     weights = [k for k in pairs if k.endswith((".paths.weight", *(f"{kind}.weight" for kind in PATHS)))]
     both = [torch.cat(side) for side in zip(*(pairs.pop(k) for k in weights), strict=True)]
-    found["gradients"] = max(_error(a, b) for a, b in (*pairs.values(), both))
+    found["gradients"] = max(error(a, b) for a, b in (*pairs.values(), both))
     for optimizer in optimizers:
         optimizer.step()
-    found["step"] = max(_error(own[k], _ours(k, p, copies)) for k, p in used.items())
+    found["step"] = max(error(own[k], _ours(k, p, copies)) for k, p in used.items())
     return found
 
 
@@ -204,7 +199,7 @@ def compare(checkout: Path) -> dict[str, float]:
                 theirs = modules.N2Node(d_in=10, nclass=3, n_c=1, dropout=0.4, **SIZES)
                 with torch.no_grad():
                     theirs.get_parameter(kind).mul_(1e6)
-                clipped.append(_error(_method(theirs).logits(small).log_softmax(-1), theirs(_data(small))))
+                clipped.append(error(_method(theirs).logits(small).log_softmax(-1), theirs(_data(small))))
             found["clipped_float64_forward"] = max(clipped)
     return found
 
@@ -278,7 +273,7 @@ def speed(checkout: Path | None, device: str = "cpu") -> dict[str, dict[str, flo
     found = {}
     several = _several([_graph(n, 3, 2, 2 * n, seed=n) for n in (400, 120, *range(12, 68, 4))], 2)
     for label, graph, level in (("node_step", _graph(7650, 745, 8, 119000), "node"), ("graph_step", several, "graph")):
-        found[label] = _measure(_sides(checkout, graph, level, device), device)
+        found[label] = in_turns(_sides(checkout, graph, level, device), device)
     model = N2(in_features=32, num_classes=4).to(device).eval()
     for n in (1000, 2000, 4000, 8000, 16000):
         graph = {key: value.to(device) for key, value in _graph(n, 32, 4, 5 * n).items()}
@@ -287,45 +282,5 @@ def speed(checkout: Path | None, device: str = "cpu") -> dict[str, dict[str, flo
         def forward(graph: dict[str, Any] = graph) -> None:
             model(graph["x"], graph["edge_index"])
 
-        found[f"forward_{n}_nodes"] = _measure({"ours": forward}, device)
+        found[f"forward_{n}_nodes"] = in_turns({"ours": forward}, device)
     return found
-
-
-def _measure(calls: dict[str, Callable[[], Any]], device: str, runs: int = 3) -> dict[str, float]:
-    """Medians of CPU time on a CPU (other processes do not count) and of wall time on CUDA, in turns; memory in MiB: at
-    most allocated on CUDA, and on a CPU the tensors that a step keeps for its backward pass."""
-    cuda = device.startswith("cuda")
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    memory: dict[str, float] = {}
-    for turn in range(runs + 1):
-        for name, call in calls.items():
-            if cuda:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            elif turn == 0:
-                memory[name] = _saved(call)
-                continue
-            clock = time.perf_counter if cuda else time.process_time
-            start = clock()
-            call()
-            if cuda:
-                torch.cuda.synchronize()
-                memory[name] = torch.cuda.max_memory_allocated() / 2**20
-            if turn:
-                times[name].append(1e3 * (clock() - start))
-    found = {f"{name}_ms": statistics.median(values) for name, values in times.items()}
-    return found | {f"{name}_mib": value for name, value in memory.items() if value}
-
-
-def _saved(call: Callable[[], Any]) -> float:
-    """MiB of the distinct storages that autograd saves."""
-    storages: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.layout == torch.strided:
-            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        call()
-    return sum(storages.values()) / 2**20

@@ -9,11 +9,9 @@ import importlib.util
 import multiprocessing
 import resource
 import sys
-import time
 import types
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
+from benchmarks.measure import timed
 from zoo.graph.recommendation.nescl import NESCL, View, most_similar, propagate
 
 NAMES = {"user": "user_id", "item": "item_id"}
@@ -377,23 +376,6 @@ def _padded(theirs: Any) -> Tensor:
 # ---- speed -----------------------------------------------------------------------------------------------------------
 
 
-def _timed(steps: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
-    """Median milliseconds, the steps taken in turn."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()
-    for _ in range(rounds):
-        for name, step in steps.items():
-            if device != "cpu":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            step()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            times[name].append(1000 * (time.perf_counter() - start))
-    return {f"{name}_ms": round(median(values), 2) for name, values in times.items()}
-
-
 def _peak(step: Callable[[], Any], device: str) -> float:
     """MiB that a step needs on top of what there was: on a CPU the growth of a forked child's resident set."""
     if device != "cpu":
@@ -471,7 +453,7 @@ def speed(checkout: Path | None, device: str = "cpu") -> dict[str, dict[str, flo
                 "ours": lambda: most_similar(pairs, users, items, 5),
                 "authors": lambda: similarity(None, matrix, topk=5).compute_similarity("user"),
             }
-    result = {name: _timed(pair, 3 if device == "cpu" else 20, device) for name, pair in steps.items()}
+    result = {name: timed(pair, device, 3 if device == "cpu" else 20) for name, pair in steps.items()}
     for name, pair in steps.items():
         for side, step in pair.items():
             result[name][f"{side}_mib"] = _peak(step, device)

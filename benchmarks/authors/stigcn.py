@@ -2,21 +2,16 @@
 
 import contextlib
 import importlib
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.measure import error, in_turns
 from zoo.graph.skeleton.stigcn import STIGCN, fixed_graphs
-
-
-def _error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.detach() - theirs.detach()).abs().max() / theirs.detach().abs().max().clamp(min=1e-12))
 
 
 @contextlib.contextmanager
@@ -84,11 +79,11 @@ def compare(checkout: Path) -> dict[str, float]:
         net = _theirs(checkout, layout, dropout=0.0)
         theirs = torch.stack([getattr(net.layer0.spatial, f"A{k}") for k in (1, 2, 3, 4)])
         ours = fixed_graphs(layout, ["joint", "bone", "cheby", "soft"])
-        found[f"graphs_{layout}"] = _error(ours, theirs)
+        found[f"graphs_{layout}"] = error(ours, theirs)
         x, _ = _clips(3, 32, joints)
         model = _ours(net, dropout=0.0)
         net.eval(), model.eval()
-        found[f"forward_{layout}"] = _error(model(x), net(x))
+        found[f"forward_{layout}"] = error(model(x), net(x))
     for dtype in (torch.float32, torch.float64):
         found |= _training(checkout, dtype)
     return found
@@ -104,9 +99,9 @@ def _training(checkout: Path, dtype: torch.dtype) -> dict[str, float]:
     x = x.to(dtype)
     net.train(), model.train()
     mine, other = model(x), net(x)
-    found = {f"forward_training{tag}": _error(mine, other)}
+    found = {f"forward_training{tag}": error(mine, other)}
     loss, wanted = nn.functional.cross_entropy(mine, y), nn.functional.cross_entropy(other, y)
-    found[f"loss{tag}"] = _error(loss, wanted)
+    found[f"loss{tag}"] = error(loss, wanted)
     loss.backward(), wanted.backward()
     own, grads = dict(model.named_parameters()), _gradients(net)
     # relative to the largest of all: biases before a norm have gradients of rounding alone
@@ -116,8 +111,8 @@ def _training(checkout: Path, dtype: torch.dtype) -> dict[str, float]:
     for parameters in (net.parameters(), model.parameters()):
         torch.optim.SGD(parameters, **settings).step()
     _, state = STIGCN.convert_state_dict(net.state_dict())
-    found[f"step{tag}"] = max(_error(p, state[k]) for k, p in own.items())
-    found[f"statistics{tag}"] = max(_error(model.state_dict()[k], v) for k, v in state.items() if "running" in k)
+    found[f"step{tag}"] = max(error(p, state[k]) for k, p in own.items())
+    found[f"statistics{tag}"] = max(error(model.state_dict()[k], v) for k, v in state.items() if "running" in k)
     return found
 
 
@@ -157,39 +152,6 @@ def golden(checkout: Path) -> dict[str, Tensor]:
     return kept
 
 
-def _interleaved(calls: dict[str, Callable[[], Any]], runs: int, device: str) -> dict[str, float]:
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(runs + 1):
-        for name, call in calls.items():
-            wait()
-            start = time.perf_counter()
-            call()
-            wait()
-            if i:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
-def _memory(call: Callable[[], Any], device: str) -> float:
-    """Most MiB of tensors that a call holds at once, beyond what was there."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as taken:
-        call()
-    level = top = 0
-    for event in sorted(taken.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            level += event.nbytes()
-            top = max(top, level)
-    return top / 2**20
-
-
 def speed(checkout: Path | None, device: str = "cpu") -> dict[str, dict]:
     """A training step and prediction of the paper's network; fewer clips and frames on a CPU (2 of 64)."""
     count, frames, runs = (2, 64, 3) if device == "cpu" else (32, 300, 10)
@@ -215,6 +177,5 @@ def speed(checkout: Path | None, device: str = "cpu") -> dict[str, dict]:
 
     for row, call in (("train_step", step), ("predict", infer)):
         calls = {who: (lambda who=who, call=call: call(who)) for who in nets}
-        entry = {f"{who}_ms": ms for who, ms in _interleaved(calls, runs, device).items()}
-        found[row] = entry | {f"{who}_mib": _memory(c, device) for who, c in calls.items()}
+        found[row] = in_turns(calls, device, runs)
     return found

@@ -174,9 +174,7 @@ def bibtex(facts: dict[str, Any], name: str) -> str:
 def evidence(name: str) -> str:
     """What was measured of the method, as Markdown: parity, claim, speed."""
     lines = []
-    for label, found in results.all_results().items():
-        if label.split("@")[0] != name:
-            continue
+    for label, found in results.of(name).items():
         if found.get("parity"):
             figures = found["parity"]["figures"]
             worst = max(figures.values())

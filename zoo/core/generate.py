@@ -43,13 +43,12 @@ def methods() -> str:
         "| method | paper | place | fidelity | parity | claim | speed | checkpoints |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    everything = results.all_results()
     for name, entry in catalogue.entries().items():
         if entry.domain == "extern":
             continue
         facts = entry.facts
         link = f"[{facts['title']}](https://arxiv.org/abs/{facts['arxiv']})" if facts.get("arxiv") else facts["title"]
-        own = everything.get(name, {})
+        own = results.read(name)
         parity, timed = own.get("parity", {}), own.get("speed", {})
         speed = [
             f"{what} {row['authors_ms'] / row['ours_ms']:.1f}x"
@@ -58,8 +57,7 @@ def methods() -> str:
         ]
         claims = [
             f"{label.partition('@')[2] or 'embedded'}: {NAMED[found.get('holds')]}" + _stale(label, found)
-            for label, found in everything.items()
-            if label.split("@")[0] == name and "holds" in found
+            for label, found in results.claims(name).items()
         ]
         points = [c.get("repo") or f"hub/{c['path']}" for c in facts.get("checkpoints", [])]
         cells = [
@@ -110,12 +108,11 @@ def cards() -> dict[Path, str]:
 def causes() -> dict[Path, str]:
     """Evidence of claims that do not hold, with the cause that stands in the recipe: it is found after the figures."""
     found = {}
-    for label, evidence in results.all_results().items():
-        name, _, dataset = label.partition("@")
-        if evidence.get("holds") is False and name in catalogue.entries():
-            cause = catalogue.entry(name).recipes.get(dataset or "default", {}).get("cause", "")
-            text = json.dumps({**evidence, "cause": cause}, indent=1, allow_nan=False) + "\n"
-            found[results.path(label)] = text
+    for name in catalogue.entries():
+        for label, evidence in results.claims(name).items():
+            if evidence["holds"] is False:
+                whole = {**evidence, "cause": results.recipe_of(label).get("cause", "")}
+                found[results.path(label)] = json.dumps(whole, indent=1, allow_nan=False) + "\n"
     return found
 
 

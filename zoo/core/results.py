@@ -37,9 +37,21 @@ def read(name: str, folder: Path | None = None) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def all_results() -> dict[str, dict[str, Any]]:
-    """Every evidence file by its name."""
-    return {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in sorted(FOLDER.glob("*.json"))}
+def of(name: str) -> dict[str, dict[str, Any]]:
+    """Everything measured of a method, by ``Name`` and ``Name@dataset``."""
+    files = sorted((*FOLDER.glob(f"{name}.json"), *FOLDER.glob(f"{name}@*.json")))
+    return {file.stem: read(file.stem) for file in files}
+
+
+def claims(name: str) -> dict[str, dict[str, Any]]:
+    """What `zoo reproduce` found of a method, by its label."""
+    return {label: evidence for label, evidence in of(name).items() if "holds" in evidence}
+
+
+def recipe_of(label: str) -> dict[str, Any]:
+    """The recipe of ``Name`` or ``Name@dataset`` as it stands now; ``{}`` where there is none any more."""
+    name, _, dataset = label.partition("@")
+    return catalogue.entry(name).recipes.get(dataset or "default", {})
 
 
 def record(file: Path, content: dict[str, Any]) -> None:
@@ -70,6 +82,7 @@ def fingerprint(name: str) -> str:
     return digest.hexdigest()[:16]
 
 
+@functools.lru_cache(maxsize=256)  # every label of a method asks for the same files
 def bare(source: str) -> str:
     """Python source without comments, docstrings, blank lines and trailing whitespace.
 
@@ -101,14 +114,11 @@ def recipe_digest(table: dict[str, Any]) -> str:
 
 def is_stale(label: str, evidence: dict[str, Any]) -> bool:
     """Whether the method's files, or the recipe that was run, changed since the evidence was recorded."""
-    name, _, dataset = label.partition("@")
     if not evidence:
         return False
-    if "recipe" in evidence:
-        table = catalogue.entry(name).recipes.get(dataset or "default", {})
-        if evidence["recipe"] != recipe_digest(table):
-            return True
-    return bool(evidence.get("files") != fingerprint(name))
+    if "recipe" in evidence and evidence["recipe"] != recipe_digest(recipe_of(label)):
+        return True
+    return bool(evidence.get("files") != fingerprint(label.partition("@")[0]))
 
 
 @functools.cache

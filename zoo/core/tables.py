@@ -20,16 +20,14 @@ def everything() -> str:
         "standard deviations over seeds. What the paper says compares with ours where data, split and protocol are the",
         "published ones; elsewhere it is quoted as what is tested at another size, not as a target.",
     ]
-    measured = results.all_results()
     for name, entry in catalogue.entries().items():
         if entry.domain == "extern":
             continue
-        facts, own = entry.facts, measured.get(name, {})
+        facts, own = entry.facts, results.read(name)
         lines += ["", f"## {name}", "", f"{facts['title']} ({_venue(facts)}).", ""]
         lines += _parity(name, own.get("parity", {})) + _speed(name, own)
-        for label, found in measured.items():
-            if label.split("@")[0] == name and "holds" in found:
-                lines += _claim(label, found)
+        for label, found in results.claims(name).items():
+            lines += _claim(label, found)
         for picture in sorted(DOCS.glob(f"{entry.toml.stem}_*.png")):
             alt = picture.stem.removeprefix(entry.toml.stem).strip("_").replace("_", " ")
             lines += [f"![{name}: {alt}]({picture.name})", ""]

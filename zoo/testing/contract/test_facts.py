@@ -138,12 +138,10 @@ def test_recipes_name_what_exists(name: str) -> None:
 
 @every_method
 def test_verdicts_follow_from_their_figures(name: str) -> None:
-    for label, evidence in results.all_results().items():
-        if label.partition("@")[0] != name or "holds" not in evidence or results.is_stale(label, evidence):
+    for label, evidence in results.claims(name).items():
+        if results.is_stale(label, evidence):
             continue
-        checks = [
-            judge(check, evidence["arms"]) for check in recipe(name, label.partition("@")[2] or "default")["checks"]
-        ]
+        checks = [judge(check, evidence["arms"]) for check in results.recipe_of(label)["checks"]]
         assert evidence["checks"] == checks, f"{label}: the recorded checks are not what its figures give"
         assert evidence["holds"] is all(check["holds"] for check in checks)
         assert evidence["holds"] or evidence["cause"], f"{label} does not hold: its recipe must say the cause"
