@@ -20,7 +20,7 @@ usage: zoo VERB ...
   info NAME [--json]                               one method: facts, recipes, evidence, checkpoints
   fit|validate|test NAME [--variant V] [--from CHECKPOINT] [--ckpt_path FILE] [any LightningCLI option]
   predict NAME --ckpt_path FILE|DIR|REPO[@REVISION] --input PATH --output PATH [--data.OPTION V] [--model.OPTION V]
-  reproduce NAME[@DATASET] [--root DIR] [--seeds N] [--json FILE]
+  reproduce NAME[@DATASET] [--root DIR] [--seeds N] [--json FILE] [--confirm]
   convert NAME AUTHORS_CHECKPOINT OUT_DIR          an authors' checkpoint to ours
   publish DIR --repo-id ORG/NAME [--private]       to the Hugging Face Hub, in one commit
   export NAME CHECKPOINT OUT --format onnx|torch_export
@@ -216,28 +216,32 @@ def _reproduce(argv: list[str]) -> int:
     parser.add_argument("--work", default="runs/reproduce", help="folder for checkpoints")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the arms and seeds")
     parser.add_argument("--progress", action="store_true", help="show progress bars")
+    parser.add_argument(
+        "--confirm", action="store_true", help="repeat one seed of the recorded evidence after a change of the code"
+    )
     args = parser.parse_args(argv)
     name, _, dataset = args.name.partition("@")
-    catalogue.entry(name)
+    name, dataset = catalogue.entry(name).facts["class"], dataset or "default"
     from zoo.core import recipe, results
 
-    recipe.recipe(name, dataset or "default")
+    recipe.recipe(name, dataset)
     from zoo.core.command import quiet
 
     quiet()
-    outcome = recipe.reproduce(
-        name,
-        dataset or "default",
-        root=args.root,
-        seeds=args.seeds,
-        arms=args.arms.split(",") if args.arms else None,
-        work=args.work,
-        accelerator=args.accelerator,
-        progress=args.progress,
-        jobs=args.jobs,
-    )
+    how = {key: getattr(args, key) for key in ("root", "work", "accelerator", "progress", "jobs")}
+    if args.confirm:
+        if args.seeds or args.arms:
+            raise ZooError("--confirm repeats every arm with the first recorded seed: leave out --seeds and --arms.")
+        file = Path(args.json or results.path(name if dataset == "default" else f"{name}@{dataset}"))
+        found = recipe.confirm(name, dataset, evidence=results.read(file.stem, file.parent), **how)
+        results.record(file, found)
+        again = found["confirmed"]
+        print(f"{found['name']}: seed {again['seed']} gives the recorded figures ({again['largest_difference']:.1g}).")
+        return 0
+    arms = args.arms.split(",") if args.arms else None
+    outcome = recipe.reproduce(name, dataset, seeds=args.seeds, arms=arms, **how)
     if args.json:
-        results.record(Path(args.json), outcome)
+        results.record(Path(args.json), outcome, drop=("cause", "confirmed"))
     print(recipe.report(outcome))
     return 3 if outcome["holds"] is False else 0
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from zoo.cli import main
 from zoo.core import ZooError, catalogue, recipe, results, tables
 from zoo.core.catalogue import Entry
 
@@ -104,6 +105,39 @@ def test_an_interrupted_run_goes_on(method: Any, tmp_path: Path, monkeypatch: py
     assert calls == [0, 1, 2, 2], "finished seeds are not run again"
     recipe.reproduce("Line", work=tmp_path, accelerator="cpu", arms=["trained"])
     assert calls[4:] == [0, 1, 2], "a finished recipe runs anew"
+
+
+def test_one_seed_confirms_evidence_after_a_change(
+    method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method(0.1)
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    file = results.path("Line")
+    run = ["reproduce", "Line", "--accelerator", "cpu", "--work", str(tmp_path / "work")]
+    assert main([*run, "--confirm"]) == 2
+    assert "is not recorded: nothing to confirm" in capsys.readouterr().err
+    assert main([*run, "--json", str(file)]) == 0
+    whole = results.read("Line")
+    monkeypatch.setattr(results, "fingerprint", lambda name: "after the change")
+    assert results.is_stale("Line", whole)
+    assert main([*run, "--confirm"]) == 0
+    again = results.read("Line")
+    assert not results.is_stale("Line", again)
+    assert again["confirmed"]["seed"] == 0 and again["confirmed"]["largest_difference"] == 0.0
+    assert {**again, "confirmed": None} == {**whole, "confirmed": None}
+    assert "the same figures" in "\n".join(tables._claim("Line", again))
+
+    whole["arms"]["trained"]["0"]["test/loss"] *= 1.001
+    results.record(file, whole, drop=("confirmed",))
+    capsys.readouterr()
+    assert main([*run, "--confirm"]) == 2
+    assert "trained, seed 0: test/loss was" in capsys.readouterr().err
+    assert "confirmed" not in results.read("Line")
+    assert main([*run, "--confirm", "--seeds", "2"]) == 2
+    method(0.2)
+    capsys.readouterr()
+    assert main([*run, "--confirm"]) == 2
+    assert "was recorded with another recipe" in capsys.readouterr().err
 
 
 def stage(folder: Path, seed: int) -> None:

@@ -127,6 +127,44 @@ def reproduce(
     return outcome
 
 
+def confirm(name: str, dataset: str = "default", *, evidence: dict[str, Any], **how: Any) -> dict[str, Any]:
+    """Repeat the first seed of recorded evidence with the code as it is now; the same figures keep it current.
+
+    For changes that should leave every figure as it is, at the cost of one seed.
+
+    Args:
+        evidence: what `reproduce` found, recorded with the recipe as it stands.
+        how: of `reproduce`: ``root``, ``work``, ``accelerator``, ``progress``, ``jobs``.
+    Returns:
+        the evidence with a section "confirmed": the seed, the largest relative difference, and the circumstances.
+    Raises:
+        ZooError: if nothing is recorded, the recipe has changed since, or a figure differs by more than 1e-4 of it.
+    """
+    table = recipe(name, dataset)
+    label = evidence.get("name", "")
+    if not evidence.get("arms") or evidence.get("recipe") != results.recipe_digest(table):
+        state = "was recorded with another recipe" if evidence.get("arms") else "is not recorded"
+        raise ZooError(f"{name}@{dataset} {state}: nothing to confirm. Run `zoo reproduce` without --confirm.")
+    seed = evidence["seeds"][0]
+    again = reproduce(name, dataset, seeds=[seed], **how)
+    judged = {check["metric"] for check in table["checks"]}
+    worst = 0.0
+    for arm, seeds in evidence["arms"].items():
+        now = again["arms"][arm][str(seed)]
+        for metric, before in seeds[str(seed)].items():
+            if not metric.startswith("test/") and metric not in judged:
+                continue
+            difference = abs(now.get(metric, math.inf) - before) / max(abs(before), 1e-2)
+            if difference > 1e-4:
+                raise ZooError(
+                    f"{label}, {arm}, seed {seed}: {metric} was {before:.6g} and is {now.get(metric, math.nan):.6g}. "
+                    "The change is not neutral: run `zoo reproduce` with all seeds."
+                )
+            worst = max(worst, difference)
+    note = {"seed": seed, "largest_difference": worst, "seconds": again["seconds"], "files": again["files"]}
+    return {**evidence, "confirmed": note | results.circumstances()}
+
+
 def _seeds(own: list[int], asked: int | list[int] | None) -> list[int]:
     if asked is None:
         return own

@@ -54,9 +54,10 @@ def recipe_of(label: str) -> dict[str, Any]:
     return catalogue.entry(name).recipes.get(dataset or "default", {})
 
 
-def record(file: Path, content: dict[str, Any]) -> None:
-    """Write ``content`` over the keys that a file has; its other sections stay."""
+def record(file: Path, content: dict[str, Any], drop: tuple[str, ...] = ()) -> None:
+    """Write ``content`` over the keys that a file has; its other sections stay, less those to ``drop``."""
     old = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    old = {key: value for key, value in old.items() if key not in drop}
     with atomic_write(file) as part:
         part.write_text(json.dumps({**old, **content}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -118,7 +119,8 @@ def is_stale(label: str, evidence: dict[str, Any]) -> bool:
         return False
     if "recipe" in evidence and evidence["recipe"] != recipe_digest(recipe_of(label)):
         return True
-    return bool(evidence.get("files") != fingerprint(label.partition("@")[0]))
+    seen = (evidence.get("files"), evidence.get("confirmed", {}).get("files"))
+    return fingerprint(label.partition("@")[0]) not in seen
 
 
 @functools.cache

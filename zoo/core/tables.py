@@ -91,6 +91,9 @@ def _claim(label: str, found: dict[str, Any]) -> list[str]:
             cells.append(f"{statistics.fmean(have):.4f}{spread}" if have else "-")
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     lines += ["", f"{VERDICTS[found['holds']]}{_stale(label, found)}"]
+    if "confirmed" in found:
+        again = found["confirmed"]
+        lines[-1] += f" Seed {again['seed']} was repeated with later code on {again['date']}: the same figures."
     for check in found["checks"]:
         margin = f"{check['margin']:.0%}" if check["relative"] else f"{check['margin']:g}"
         margin = f" by {margin}" if check["margin"] else ""
