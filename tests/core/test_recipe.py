@@ -271,6 +271,25 @@ def test_evidence_goes_stale_with_what_the_family_shares(tmp_path: Path, monkeyp
     assert results.fingerprint("Line") != before
 
 
+def test_evidence_goes_stale_with_shared_layers_and_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = catalogue.Entry(tmp_path / "vision" / "family" / "line.toml", "zoo.vision.family.line")
+    monkeypatch.setattr(catalogue, "entry", lambda name: entry)
+    monkeypatch.setattr(catalogue, "ROOT", tmp_path)
+    for folder in ("vision/family", "engines/rounds", "nn"):
+        (tmp_path / folder).mkdir(parents=True)
+    entry.toml.write_text('class = "Line"\ndatamodule = "NoDataModule"\n')
+    entry.toml.with_suffix(".py").write_text("from zoo.engines.rounds import clients\nfrom zoo.core import ZooModule\n")
+    (tmp_path / "engines/rounds/__init__.py").write_text("from zoo.engines.rounds.clients import clients\n")
+    (tmp_path / "engines/rounds/clients.py").write_text("from zoo.nn.layers import layer\n")
+    layer = tmp_path / "nn" / "layers.py"
+    layer.write_text("layer = 1\n")
+    before = results.fingerprint("Line")
+    (tmp_path / "nn" / "others.py").write_text("other = 1\n")
+    assert results.fingerprint("Line") == before
+    layer.write_text("layer = 2\n")
+    assert results.fingerprint("Line") != before
+
+
 def test_evidence_goes_stale_with_its_recipe_not_with_the_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,22 +65,31 @@ def record(file: Path, content: dict[str, Any], drop: tuple[str, ...] = ()) -> N
 def fingerprint(name: str) -> str:
     """Hash of the code that makes a method, without comments and docstrings.
 
-    That is its file, its DataModule's, and what these import from their family's folder.
+    That is its file, its DataModule's, and what these import from their family's folder, from `zoo.nn`, `zoo.data` and
+    `zoo.engines`, and so on.
     """
     entry = catalogue.entry(name)
     files = [entry.toml.with_suffix(".py")]
     module = catalogue.datamodules().get(entry.facts["datamodule"])
     if module is not None and module.startswith("zoo."):
-        files.append(catalogue.ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py"))
-    package = re.escape(entry.module.rpartition(".")[0])
+        files.append(_file(module))
+    package = entry.module.rpartition(".")[0]
+    parts = rf"{re.escape(package)}\.\w+|zoo\.(?:nn|data|engines)(?:\.\w+)+"
     digest = hashlib.sha256()
     for file in files:  # grows while it runs
         code = bare(file.read_text(encoding="utf-8")) if file.is_file() else ""
         digest.update(code.encode())
-        for beside in re.findall(rf"^ *from {package}\.(\w+) import", code, re.M):
-            other = entry.toml.with_name(f"{beside}.py")
+        for used in re.findall(rf"^ *from ({parts}) import", code, re.M):
+            folder, _, stem = used.rpartition(".")
+            other = entry.toml.with_name(f"{stem}.py") if folder == package else _file(used)
             files += [other] if other not in files else []
     return digest.hexdigest()[:16]
+
+
+def _file(module: str) -> Path:
+    """Where a module of the zoo stands; a package's is its ``__init__.py``."""
+    place = catalogue.ROOT.joinpath(*module.split(".")[1:])
+    return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
 
 
 @functools.lru_cache(maxsize=256)  # every label of a method asks for the same files

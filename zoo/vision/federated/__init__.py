@@ -1,0 +1,1 @@
+"""Federated image classification: methods that train on pictures which stay where they are."""
