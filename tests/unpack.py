@@ -17,6 +17,7 @@ GROUPS |= {
     "tu": "tu_graphs",
     "skeleton": "jhmdb_skeleton",
     "hin": "hin",
+    "pictures": "cifar10",
 }
 
 

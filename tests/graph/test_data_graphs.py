@@ -224,7 +224,7 @@ def test_missing_files_are_named(tu: Path, tmp_path: Path) -> None:
     (tu / "TOY_graph_labels.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"TOY_graph_labels\.txt is missing.*chrsmrrs"):
         GraphClassificationDataModule(root=str(tu)).setup()
-    with pytest.raises(FileNotFoundError, match=r"holds no OTHER_A\.txt, but TOY"):
+    with pytest.raises(FileNotFoundError, match=r"holds no set of graphs 'OTHER' but TOY"):
         GraphClassificationDataModule(root=str(tu), name="OTHER").setup()
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -233,6 +233,23 @@ def test_missing_files_are_named(tu: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="neither TOY_edge_labels"):
         write_tu(tu, "TOY", EDGES, GRAPH, np.array([0, 1, 0]))
         GraphClassificationDataModule(root=str(tu), edges=True).setup()
+
+
+def test_edges_come_in_both_directions_once_without_loops(tmp_path: Path) -> None:
+    """Nodes 0 to 2 and 3 to 5; 1-0 one way, 1-2 three times, a loop at 0; 4 and 5 one way; 3 is isolated."""
+    edges = np.array([[1, 0], [1, 2], [2, 1], [1, 2], [0, 0], [5, 4]])
+    write_tu(tmp_path, "TOY", edges, np.array([0, 0, 0, 1, 1, 1]), np.array([0, 1]))
+    np.savetxt(tmp_path / "TOY_edge_attributes.txt", np.arange(6.0), fmt="%.1f")
+    graphs = read_tu(tmp_path, "TOY", edges=True)
+    first, second = graphs[0], graphs[1]
+    assert first["edge_index"].t().tolist() == [[1, 0], [1, 2], [2, 1], [0, 1]]
+    assert first["edge_attr"].flatten().tolist() == [0, 1, 2, 0]  # the first line's; the missing way has the other's
+    assert second["edge_index"].t().tolist() == [[2, 1], [1, 2]] and second["edge_attr"].flatten().tolist() == [5, 5]
+    assert second["x"].argmax(1).tolist() == [0, 1, 1] and len(second["x"]) == 3  # degrees; the isolated node stays
+    for pair, match in (([0, 6], "pairs of the 6 nodes"), ([-1, 0], "pairs of the 6 nodes"), ([2, 3], "different")):
+        write_tu(tmp_path, "TOY", np.array([pair]), np.array([0, 0, 0, 1, 1, 1]), np.array([0, 1]))
+        with pytest.raises(ZooError, match=match):
+            read_tu(tmp_path, "TOY")
 
 
 @pytest.mark.parametrize(

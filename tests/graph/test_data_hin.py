@@ -12,7 +12,6 @@ import torch
 
 from zoo.core import ZooError
 from zoo.graph.heterogeneous.data_hin import Content, HINDataModule, HINRecommendationDataModule
-from zoo.graph.heterogeneous.pickles import Matrix, unpickle
 from zoo.graph.heterogeneous.restruct import ReStruct
 
 
@@ -137,27 +136,6 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     (folder / "edges.pkl").write_bytes(b"\x80\x04broken")
     with pytest.raises(ZooError, match="cannot be read"):
         graph(folder)
-
-
-def test_matrices_check_their_arrays() -> None:
-    bad = Matrix()
-    bad.__setstate__({"_shape": (2, 2), "data": [1.0], "coords": ([5], [0])})
-    bad.kind = "coo"
-    with pytest.raises(ValueError, match="outside"):
-        bad.places()
-    bad = Matrix()
-    bad.__setstate__({"_shape": (2, 2), "data": [1.0], "indptr": [0, 1], "indices": [0]})
-    bad.kind = "csr"
-    with pytest.raises(ValueError, match="do not fit"):
-        bad.places()
-
-
-def test_unpickle_reads_arrays_of_every_protocol(tmp_path: Path) -> None:
-    for protocol in range(2, 6):
-        content = {"a": np.arange(6).reshape(2, 3), "b": [(1, 2.5), np.float64(3)], "c": np.asfortranarray(np.eye(2))}
-        dump(content, tmp_path / "x.pkl", protocol)
-        found = unpickle(tmp_path / "x.pkl")
-        assert (found["a"] == content["a"]).all() and found["b"][0] == (1, 2.5) and (found["c"] == np.eye(2)).all()
 
 
 def test_edges_are_cleaned() -> None:

@@ -32,6 +32,21 @@ def test_no_edges_are_fine_and_unknown_nodes_are_not() -> None:
         clean_edges(torch.tensor([[0], [7]]), 5)
 
 
+@pytest.mark.parametrize("wrong", [6, -1])
+def test_isolated_nodes_stay_and_unknown_ones_are_named_with_their_file(tmp_path: Path, wrong: int) -> None:
+    heterophilous(tmp_path)
+    graph = graph_of(root=str(tmp_path))
+    assert len(graph["x"]) == len(graph["y"]) == 6 and not {2, 5} & set(graph["edge_index"].flatten().tolist())
+    np.savez(tmp_path / "web.npz", node_features=np.ones((6, 1)), edges=np.array([[0, 1], [2, wrong]]))
+    with pytest.raises(ZooError, match=rf"web\.npz: an edge names node {wrong}; nodes are 0 to 5"):
+        graph_of(root=str(tmp_path))
+    folder = tmp_path / "planetoid"
+    y, edges = np.arange(6) % 2, np.array([[0, 1], [2, wrong]]).T
+    write_planetoid(folder, "toy", np.ones((6, 1), np.float32), y, edges, 2, 4, np.array([4, 5]))
+    with pytest.raises(ZooError, match=rf"ind\.toy\.graph: an edge names node {wrong}"):
+        graph_of(root=str(folder))
+
+
 @pytest.mark.parametrize("classes", [2, 5])
 def test_random_split_counts(classes: int) -> None:
     y = torch.arange(1800) % classes
@@ -143,7 +158,7 @@ class Sprung:
 def test_pickles_run_nothing(planetoid: Path, tmp_path: Path) -> None:
     trace = tmp_path / "sprung"
     (planetoid / "ind.toy.y").write_bytes(pickle.dumps(Sprung(trace), protocol=2))
-    with pytest.raises(ZooError, match=r"ind\.toy\.y cannot be read: it asks for .*which no Planetoid file needs"):
+    with pytest.raises(ZooError, match=r"ind\.toy\.y cannot be read: it asks for .*which plain data does not need"):
         graph_of(root=str(planetoid))
     assert not trace.exists()
 

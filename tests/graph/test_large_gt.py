@@ -5,8 +5,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import sys
-import types
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -963,36 +961,6 @@ def test_broken_snap_patents(tmp_path: Path) -> None:
 def test_years_into_five_classes() -> None:
     assert quantile_labels(np.array([1.0, 2, 3, 4, 5, 6, 7, 8, 9, 10])).tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert quantile_labels(np.array([5.0, np.nan, 5.0])).tolist() == [4, -1, 4]
-
-
-def test_ogb_through_its_package(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setitem(sys.modules, "ogb.nodeproppred", None)
-    options = {"root": str(tmp_path), "name": "ogbn-small", "tokens": 3, **FAST}
-    with pytest.raises(ImportError, match="ogbn-small is read by its own package: pip install ogb"):
-        LargeGTTokenDataModule(**options).setup()
-
-    class Stub:
-        def __init__(self, name: str, root: str):
-            assert (name, root) == ("ogbn-small", str(tmp_path))
-
-        def __getitem__(self, index: int) -> Any:
-            x = np.arange(12.0, dtype=np.float32).reshape(6, 2)
-            edges = np.array([[0, 1, 1, 2], [1, 0, 2, 1]])
-            return {"node_feat": x, "edge_index": edges, "num_nodes": 6}, np.array(
-                [[0.0], [1], [0], [1], [0], [np.nan]]
-            )
-
-        def get_idx_split(self) -> Any:
-            return {"train": np.array([0, 1]), "valid": np.array([2]), "test": np.array([3, 4])}
-
-    module = types.ModuleType("ogb.nodeproppred")
-    module.NodePropPredDataset = Stub
-    monkeypatch.setitem(sys.modules, "ogb", types.ModuleType("ogb"))
-    monkeypatch.setitem(sys.modules, "ogb.nodeproppred", module)
-    data = LargeGTTokenDataModule(**options)
-    assert data.dataset("train").chosen.tolist() == [0, 1] and data.dataset("test").chosen.tolist() == [3, 4]
-    assert data.dataset("train").y.tolist() == [0, 1, 0, 1, 0, -1] and data.describe()["num_classes"] == 2
-    assert sorted(data.dataset("train").tokens[0, 1:].tolist()) in ([0, 1], [0, 2], [1, 2])
 
 
 def test_layouts_of_its_parent(tmp_path: Path) -> None:

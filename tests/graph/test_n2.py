@@ -24,7 +24,6 @@ from zoo.graph.node.n2 import (
     Members,
     PathIntegral,
     PlainGNN,
-    Propagation,
     Recurrence,
     _names,
     _ours,
@@ -199,25 +198,11 @@ def test_recurrence_against_the_equations(directed: bool) -> None:
     edges = edges if directed else torch.cat((edges, edges.flip(0)), 1)
     f, s, p = torch.randn(8, 6).double(), torch.randn(8, 4).double(), torch.randn(5, 1, 4).double()
     ours, theirs = (f, s, p[None]), (f, s, p)
-    propagation, members = Propagation(Adjacency(edges, 8, torch.float64)), Members(None, 8)
+    adjacency, members = Adjacency(edges, 8, torch.float64), Members(None, 8)
     for _ in range(3):  # one copy first, then three
-        ours = layer(*ours, propagation, members)
+        ours = layer(*ours, adjacency, members)
         theirs = step_by_matrices(layer, *theirs, dense(edges, 8))
         assert all(close(a.squeeze(0), b, 1e-10) for a, b in zip(ours, theirs, strict=True))
-
-
-@pytest.mark.parametrize("directed", [False, True])
-def test_propagation(directed: bool) -> None:
-    edges = torch.tensor([[0, 0, 1, 3], [1, 2, 2, 0]])
-    edges = edges if directed else torch.cat((edges, edges.flip(0)), 1)
-    propagation, a = Propagation(Adjacency(edges, 5, torch.float64)), dense(edges, 5)
-    assert (propagation.matrices[0] is propagation.matrices[1]) is not directed
-    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    assert close(propagation(x), a @ x, 1e-12) and close(propagation(x, transposed=True), a.T @ x, 1e-12)
-    assert torch.autograd.gradcheck(propagation, (x,))
-    assert torch.autograd.gradcheck(lambda x: propagation(x, transposed=True), (x,))
-    propagation.matrices = None  # the form that is exported
-    assert close(propagation(x), a @ x, 1e-12) and close(propagation(x, transposed=True), a.T @ x, 1e-12)
 
 
 @given(st.lists(st.integers(1, 2 * BLOCK + 3), min_size=1, max_size=6), st.integers(0, 99))

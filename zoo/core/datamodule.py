@@ -3,7 +3,7 @@
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -53,6 +53,9 @@ class ZooDataModule(lightning.LightningDataModule):
     embedded: ClassVar[str] = "a small generated set"
     """What ``root=None`` serves, for the log line."""
     collate: ClassVar[Callable[[list[Any]], Any] | None] = None
+    whole: bool = False
+    """An item (one whole graph, say) is a batch: the same object every time, moved to a device once, and in a
+    distributed run the same for every process, also in evaluation; only a user's own items are shared out."""
 
     def __init__(
         self,
@@ -67,6 +70,8 @@ class ZooDataModule(lightning.LightningDataModule):
             raise ValueError(
                 f"batch_size is {batch_size} and num_workers {num_workers}; they must be at least 1 and 0."
             )
+        if self.whole and batch_size != 1:
+            raise ValueError(f"batch_size is {batch_size}; a batch is one whole graph, so it must be 1.")
         self.root = None if root is None else Path(root).expanduser()
         if self.root is not None and not self.root.is_dir() and not download:
             raise FileNotFoundError(
@@ -76,6 +81,7 @@ class ZooDataModule(lightning.LightningDataModule):
         self.batch_size, self.num_workers, self.seed, self.download = batch_size, num_workers, seed, download
         self._sets: dict[str, Dataset] = {}
         self._epoch = -1  # counts passes where no trainer does
+        self._moved: tuple[Any, torch.device, Any] | None = None  # the last whole item, and where it has gone
         self.skipped: list[tuple[Path, str]] = []
 
     @classmethod
@@ -246,21 +252,49 @@ class ZooDataModule(lightning.LightningDataModule):
 
     def loader(self, dataset: Dataset, shuffle: bool = False) -> "DataLoader[Any]":
         """A loader whose order, with ``shuffle``, follows from (seed, epoch) and starts at the trainer's position."""
-        whole = hasattr(dataset, "batch")
+        ready = hasattr(dataset, "batch")
+        if self.whole:  # in training's way, which gives every process as many items: none has no graph
+            shuffle = dataset is not self._sets.get("predict")
         sampler = _Order(dataset, self.batch_size, self.seed, self if shuffle else None, self.trainer)
         return _Loader(
             _Seeded(dataset, self.seed),
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            collate_fn=_identity if whole else (type(self).collate or default_collate),
-            pin_memory=torch.cuda.is_available(),
+            collate_fn=_identity if ready else _only if self.whole else (type(self).collate or default_collate),
+            pin_memory=torch.cuda.is_available() and not self.whole,  # pinning copies: another object every time
             persistent_workers=self.num_workers > 0,
         )
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Lightning's, but a whole item that comes again is the same object on the device, too."""
+        if not self.whole:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        if self._moved is None or self._moved[0] is not batch or self._moved[1] != device:
+            with torch.inference_mode(False), torch.no_grad():  # training could not use an inference tensor
+                self._moved = batch, device, super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return self._moved[2]
+
+
+class Items(Dataset):
+    """A list as a dataset; an item is the very object, so that who gets it again may know it again."""
+
+    def __init__(self, items: Sequence[Any]):
+        self.items = list(items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index]
 
 
 def _identity(batch: Any) -> Any:
     return batch
+
+
+def _only(items: list[Any]) -> Any:
+    return items[0]
 
 
 class _Seeded(Dataset):

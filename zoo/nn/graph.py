@@ -66,6 +66,54 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     return (x * kept).mul_(2**16 / (2**16 - threshold))
 
 
+class Sparse:
+    """A constant sparse matrix beside its transpose: torch would make that anew in every backward pass.
+
+    A symmetric matrix is held once. Products keep the matrix's dtype, also under autocast: sparse ones know no
+    bfloat16, going forward or backward.
+
+    Args:
+        rows, columns: (s) int64 places; values of the same place are added up.
+        values: (s) float.
+        shape: of the matrix.
+    """
+
+    def __init__(self, rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]):
+        whole = torch.sparse_coo_tensor(torch.stack((rows, columns)), values, shape, check_invariants=False).coalesce()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+            self.back = whole.t().coalesce().to_sparse_csr()
+            self.there = whole.to_sparse_csr()
+        parts = zip(_parts(self.there), _parts(self.back), strict=True)
+        if shape[0] == shape[1] and all(torch.equal(*pair) for pair in parts):
+            self.back = self.there
+        self.shape = shape
+
+    def t(self) -> "Sparse":
+        """The transpose, of the same tensors."""
+        turned = object.__new__(Sparse)
+        turned.there, turned.back, turned.shape = self.back, self.there, self.shape[::-1]
+        return turned
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """Shapes: x (columns, h) float; returns (rows, h), in the dtype of the values."""
+        return _Product.apply(x.to(self.there.dtype), self.there, self.back)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
+        ctx.there, ctx.back = there, back
+        if not torch.is_autocast_enabled(x.device.type):
+            return there @ x.contiguous()
+        with torch.autocast(x.device.type, enabled=False):
+            return there @ x.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _Product.apply(gradient, ctx.back, ctx.there), None, None
+
+
 class Adjacency:
     """D^-1/2 (A + I) D^-1/2 of one graph, ready to multiply.
 
@@ -92,22 +140,26 @@ class Adjacency:
         scale = torch.zeros(nodes, dtype=dtype, device=weight.device).index_add(0, target, weight).rsqrt()
         self.source, self.target, self.nodes = source, target, nodes
         self.weight = scale[source] * weight * scale[target]  # (e + n)
-        self._sparse: tuple[Tensor, Tensor] | None = None
+        self._sparse: Sparse | None = None
 
     def __matmul__(self, x: Tensor) -> Tensor:
         """Shapes: x (n, h) float; returns (n, h), in the dtype of the weights."""
+        return self._times(x)
+
+    def back(self, x: Tensor) -> Tensor:
+        """The transpose's product: against the edges. Shapes: x (n, h) float; returns (n, h)."""
+        return self._times(x, transposed=True)
+
+    def _times(self, x: Tensor, transposed: bool = False) -> Tensor:
         x = x.to(self.weight.dtype)
         # dense operations only: exportable, shapes are enough for them, and devices without sparse rows know them
         if tracing(x) or x.device.type not in ("cpu", "cuda"):
-            return torch.zeros_like(x).index_add(0, self.target, x[self.source] * self.weight[:, None])
+            source, target = (self.target, self.source) if transposed else (self.source, self.target)
+            return torch.zeros_like(x).index_add(0, target, x[source] * self.weight[:, None])
         if self._sparse is None:
             with torch.inference_mode(False):  # an inference tensor could not be used by a later training step
-                there = _rows(self.target, self.source, self.weight, self.nodes)
-                back = _rows(self.source, self.target, self.weight, self.nodes)
-                parts = zip(_parts(there), _parts(back), strict=True)
-                self._sparse = there, there if all(torch.equal(*pair) for pair in parts) else back
-        with torch.autocast(x.device.type, enabled=False):  # sparse products know no bfloat16
-            return _Product.apply(x, *self._sparse)
+                self._sparse = Sparse(self.target, self.source, self.weight, (self.nodes, self.nodes))
+        return (self._sparse.t() if transposed else self._sparse) @ x
 
     def within(self, targets: Tensor, hops: int) -> tuple["Adjacency", Tensor, Tensor]:
         """The part that decides the output of ``hops`` convolutions at ``targets``.
@@ -129,28 +181,6 @@ class Adjacency:
         part.source, part.target = place[self.source[inside]], place[self.target[inside]]
         part.weight, part.nodes, part._sparse = self.weight[inside], len(nodes), None
         return part, nodes, place[targets]
-
-
-class _Product(torch.autograd.Function):
-    """A x for a constant sparse A, whose transpose is at hand: torch would make it anew in every backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: Tensor, transposed: Tensor) -> Tensor:
-        ctx.transposed = transposed
-        return matrix @ x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.transposed @ gradient, None, None
-
-
-def _rows(row: Tensor, column: Tensor, value: Tensor, nodes: int) -> Tensor:
-    """Compressed sparse rows, (n, n); an entry listed twice counts twice."""
-    whole = torch.sparse_coo_tensor(torch.stack((row, column)), value, (nodes, nodes), check_invariants=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-        return whole.coalesce().to_sparse_csr()
 
 
 def _parts(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

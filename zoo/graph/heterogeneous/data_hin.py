@@ -4,20 +4,19 @@ Index legend: n nodes, e edges, s stored features, m nodes or pairs asked for.
 """
 
 import collections
-import csv
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from zoo.core import ZooDataModule, ZooError, atomic_write, seed_from
-from zoo.graph.heterogeneous.pickles import Matrix, unpickle
-from zoo.nn.graph import Remember
+from zoo.core import ZooDataModule, ZooError, seed_from
+from zoo.core.datamodule import Items
+from zoo.data.plain import Matrix, class_rows, csv_rows, load_npz, unpickle, write_csv
 
 Graph = dict[str, Any]
 
@@ -150,18 +149,13 @@ class _HINData(ZooDataModule):
     """What both DataModules share."""
 
     task = ""
-
-    def __init__(self, root: str | None, batch_size: int, num_workers: int, seed: int):
-        if batch_size != 1:
-            raise ValueError(f"batch_size is {batch_size}; a batch is one whole graph, so it must be 1.")
-        super().__init__(root, batch_size, num_workers, seed)
-        self._moved = Remember()
-        self._content: Content | None = None
+    whole = True
+    _content: Content | None = None
 
     def build(self) -> dict[str, Dataset]:
         content, more = self._load()
         self._content = content
-        graphs = Graphs([{**content.batch(), **more}])
+        graphs = Items([{**content.batch(), **more}])
         return {"train": graphs, "val": graphs, "test": graphs}
 
     def _load(self) -> tuple[Content, Graph]:
@@ -185,24 +179,7 @@ class _HINData(ZooDataModule):
             found["num_classes"] = int(graph["y"].max()) + 1
         return found
 
-    @staticmethod
-    def collate(items: list[Graph]) -> Graph:
-        """The graph itself: a batch is one item."""
-        return items[0]
-
-    def loader(self, dataset: Dataset, shuffle: bool = False) -> "DataLoader[Any]":
-        """The base's loader; every process of a distributed run gets the whole graph, also in evaluation."""
-        own = dataset is self._sets.get("predict")  # a user's graphs are shared out: none twice
-        loader = super().loader(dataset, shuffle=not own)
-        loader.pin_memory = False  # pinning copies: the graph would no longer be the same object every time
-        return loader
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """The same graph again is moved once; it then is the same object on the device, too."""
-        move = super().transfer_batch_to_device
-        return self._moved(lambda batch, device: move(batch, device, dataloader_idx), batch, device)
-
-    def read(self, path: Path) -> "Graphs":
+    def read(self, path: Path) -> Items:
         """A user's own graph, or a folder of several.
 
         Args:
@@ -220,7 +197,7 @@ class _HINData(ZooDataModule):
                 graphs.append(self._own(place))
             except (ZooError, FileNotFoundError) as error:
                 self.skip(place, error)
-        return Graphs(graphs)
+        return Items(graphs)
 
     def _own(self, place: Path) -> Graph:
         raise NotImplementedError
@@ -316,14 +293,7 @@ class HINDataModule(_HINData):
 
     def write(self, predictions: Iterable[dict[str, Any]], path: Path) -> list[Path]:
         """A CSV with one line a node: ``node,class,probability`` (of that class). A folder gets ``predictions.csv``."""
-        rows = (
-            (name, c, f"{p[c]:.6f}")
-            for prediction in predictions
-            for name, c, p in zip(
-                prediction["name"], prediction["class"].tolist(), prediction["probability"].tolist(), strict=True
-            )
-        )
-        return _write_csv(path, ("node", "class", "probability"), rows)
+        return write_csv(path, ("node", "class", "probability"), class_rows(predictions))
 
 
 class HINRecommendationDataModule(_HINData):
@@ -376,7 +346,7 @@ class HINRecommendationDataModule(_HINData):
         paths = [self.need(f, expected="pairs 'train', 'val' and 'test'", get=_AUTHORS) for f in files]
         parts = {}
         for y, path in zip((1, 0), paths, strict=True):
-            arrays = _load_npz(path, ("train", "val", "test"))
+            arrays = load_npz(path, ("train", "val", "test"))
             for split in ("train", "val", "test"):
                 if arrays[split].ndim != 2 or arrays[split].shape[1] != 2:
                     raise ZooError(f"{path}: '{split}' has shape {arrays[split].shape}; expected (pairs, 2).")
@@ -393,7 +363,7 @@ class HINRecommendationDataModule(_HINData):
         path = place / "pairs.csv"
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: expected a header, then a user's and an item's name a line.")
-        lines = _csv_rows(path)
+        lines = csv_rows(path)
         good = [(r[0], r[1]) for _, r in lines if len(r) >= 2 and r[0] in index and r[1] in index]
         if not good:
             raise ZooError(f"{path}: no line names two nodes of the graph.")
@@ -412,20 +382,7 @@ class HINRecommendationDataModule(_HINData):
             for prediction in predictions
             for name, score in zip(prediction["name"], prediction["score"].tolist(), strict=True)
         )
-        return _write_csv(path, ("pair", "score"), rows)
-
-
-class Graphs(Dataset):
-    """A list of graphs; an item is the very object, so that who gets it again may know it again."""
-
-    def __init__(self, graphs: Sequence[Graph]):
-        self.graphs = list(graphs)
-
-    def __len__(self) -> int:
-        return len(self.graphs)
-
-    def __getitem__(self, index: int) -> Graph:
-        return self.graphs[index]
+        return write_csv(path, ("pair", "score"), rows)
 
 
 def pair_rows(parts: dict[tuple[str, int], np.ndarray], content: Content) -> Graph:
@@ -580,8 +537,7 @@ def read_heco(folder: Path, per_class: int = 20, labelled: bool = True) -> Conte
     for kind in sizes:
         path = folder / f"{kind.lower()}_feat.npz"
         if path.is_file():
-            content.features[kind] = _sparse_npz(path)
-            rows = int(_load_npz(path, ("shape",))["shape"][0])
+            rows, content.features[kind] = _sparse_npz(path)
             if rows < sizes[kind]:
                 raise ZooError(f"{path} has {rows} rows; edges name node {sizes[kind] - 1} of {kind}.")
             sizes[kind] = rows
@@ -659,7 +615,7 @@ def read_csv(folder: Path, skip: Any) -> Content:
     nodes, edges = folder / "nodes.csv", folder / "edges.csv"
     rows: dict[str, list[tuple[str, list[float]]]] = {}
     bad, place = [], {}
-    for number, row in _csv_rows(nodes):
+    for number, row in csv_rows(nodes):
         try:
             values = [float(v) for v in row[2:] if v.strip()]
         except ValueError:
@@ -678,7 +634,7 @@ def read_csv(folder: Path, skip: Any) -> Content:
         skip(nodes, f"{len(bad)} lines (the first: {bad[0]}) are not a name, a type and as many numbers as its others")
     pairs: dict[tuple[str, str], list[tuple[int, int]]] = {}
     bad = []
-    for number, row in _csv_rows(edges):
+    for number, row in csv_rows(edges):
         if len(row) >= 2 and row[0] in place and row[1] in place:
             (a, i), (b, j) = place[row[0]], place[row[1]]
             pairs.setdefault((a, b), []).append((i, j))
@@ -699,28 +655,6 @@ def read_csv(folder: Path, skip: Any) -> Content:
     return content
 
 
-def _csv_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """The lines after the header, with their numbers."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: expected a header, then a line each.")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as stream:
-            lines = [(number, [cell.strip() for cell in row]) for number, row in enumerate(csv.reader(stream), 1)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ZooError(f"{path} cannot be read as CSV in UTF-8: {error}") from error
-    return [(number, row) for number, row in lines[1:] if row]
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[Path]:
-    path = Path(path)
-    target = path if path.suffix.lower() == ".csv" else path / "predictions.csv"
-    with atomic_write(target) as part, open(part, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(header)
-        writer.writerows(rows)
-    return [target]
-
-
 def _npy(path: Path, get: str) -> np.ndarray:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected an array. {get}")
@@ -733,26 +667,14 @@ def _npy(path: Path, get: str) -> np.ndarray:
     return array
 
 
-def _load_npz(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
+def _sparse_npz(path: Path) -> tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
+    """scipy's npz of a CSR matrix: how many rows, and its stored features."""
+    matrix = Matrix("csr", load_npz(path, ("indptr", "indices", "shape", "data")))
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            missing = [k for k in keys if k not in archive.files]
-            if missing:
-                raise ZooError(f"{path} has no {', '.join(missing)}; it has {', '.join(archive.files)}.")
-            return {k: archive[k] for k in keys}
-    except ZooError:
-        raise
-    except Exception as error:
-        raise ZooError(f"{path} cannot be read: {error}") from error
-
-
-def _sparse_npz(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """scipy's npz of a CSR matrix as rows, columns, values, width."""
-    arrays = _load_npz(path, ("indptr", "indices", "shape", "data"))
-    indptr, (n, f) = arrays["indptr"], (int(v) for v in arrays["shape"])
-    if len(indptr) != n + 1 or len(arrays["indices"]) != int(indptr[-1]):
-        raise ZooError(f"{path}: the arrays do not fit the shape ({n}, {f}).")
-    return np.repeat(np.arange(n), np.diff(indptr)), arrays["indices"], arrays["data"].astype(np.float32), f
+        rows, columns, values = matrix.places()
+    except ValueError as error:
+        raise ZooError(f"{path} does not hold {error}") from error
+    return matrix.shape[0], (rows, columns, values.astype(np.float32), matrix.shape[1])
 
 
 # ---- generated graphs ------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ looked at (meta device, torch.compile, torch.export) the same is computed on all
 Index legend: n nodes, e edges, s stored features, m nodes asked for, h hidden units, f features of one type.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,47 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.graph.heterogeneous.meta_structure import MetaStructure, Operation, plan, reached
-from zoo.nn.graph import tracing
+from zoo.nn.graph import Sparse, tracing
 
 States = dict[str, Tensor]
 """Rows by type; on the traced way all rows under the one key ""."""
-
-
-# ---- sparse products -------------------------------------------------------------------------------------------------
-
-
-class Sparse:
-    """A constant sparse matrix beside its transpose, so that no gradient has to transpose and sort it.
-
-    Args:
-        rows, columns: (s) int64 places; repeated ones are added up.
-        values: (s) float.
-        shape: of the matrix.
-    """
-
-    def __init__(self, rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]):
-        place = torch.stack((rows, columns))
-        whole = torch.sparse_coo_tensor(place, values, shape, check_invariants=False).coalesce()
-        self.shape = shape
-        with warnings.catch_warnings():  # "beta state"
-            warnings.simplefilter("ignore", UserWarning)
-            self.there, self.back = whole.to_sparse_csr(), whole.t().coalesce().to_sparse_csr()
-
-    def __matmul__(self, x: Tensor) -> Tensor:
-        """Shapes: x (columns, w) float; returns (rows, w)."""
-        return _Product.apply(x.to(self.there.dtype), self.there, self.back)
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
-        ctx.there, ctx.back = there, back
-        with torch.autocast(x.device.type, enabled=False):  # sparse products know no bfloat16, also going backward
-            return there @ x.to(there.dtype).contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _Product.apply(gradient, ctx.back, ctx.there), None, None
 
 
 # ---- the graph -------------------------------------------------------------------------------------------------------
@@ -148,8 +110,8 @@ def check_nodes(node: Tensor, node_type: Tensor, ends: Sequence[int]) -> None:
             raise ValueError(f"'node' holds node {wrong} of type {int(node_type[wrong])}; expected type {kind}.")
 
 
-class TypedGraph:
-    """A heterogeneous graph by its types, with the matrices that structures ask for, each made once.
+class _Graph:
+    """A heterogeneous graph: names, widths, and the tensors of a batch.
 
     Args:
         types: names, by number.
@@ -169,13 +131,26 @@ class TypedGraph:
         edge_index: Tensor,
         edge_type: Tensor,
     ):
-        self.types, self.widths = list(types), list(widths)
-        self.relations = [tuple(r) for r in relations]
-        sizes = torch.bincount(node_type, minlength=len(types)).tolist()
-        self.sizes = dict(zip(types, sizes, strict=True))
-        self.first = {name: sum(sizes[:k]) for k, name in enumerate(types)}
-        self.x, self.x_index, self.edge_index, self.edge_type = x, x_index, edge_index, edge_type
-        self.node_type = node_type
+        self.types, self.widths, self.relations = list(types), list(widths), [tuple(r) for r in relations]
+        self.x, self.x_index, self.node_type = x, x_index, node_type
+        self.edge_index, self.edge_type = edge_index, edge_type
+
+    def _edges(self, a: str, b: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Which edges join a to b, (e) bool, and all edges' ends on the sides of a and of b, (e) int64 each."""
+        turned = (a, b) not in self.relations
+        number = self.relations.index((b, a) if turned else (a, b))
+        rows, columns = self.edge_index.flip(0) if turned else self.edge_index
+        return self.edge_type == number, rows, columns
+
+
+class TypedGraph(_Graph):
+    """The graph by its types, with the matrices that structures ask for, each made once."""
+
+    def __init__(self, *parts: Any):
+        super().__init__(*parts)
+        sizes = torch.bincount(self.node_type, minlength=len(self.types)).tolist()
+        self.sizes = dict(zip(self.types, sizes, strict=True))
+        self.first = {name: sum(sizes[:k]) for k, name in enumerate(self.types)}
         self._matrices: dict[Any, Any] = {}
 
     def _kept(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -203,11 +178,8 @@ class TypedGraph:
 
     def _adjacency(self, a: str, b: str) -> tuple[Tensor, Sparse]:
         """Of D^-1 (A + I): the diagonal (nodes of type a, 1), and the rest, (nodes of a, nodes of b)."""
-        turned = (a, b) not in self.relations
-        number = self.relations.index((b, a) if turned else (a, b))
-        pairs = self.edge_index[:, self.edge_type == number]
-        pairs = pairs.flip(0) if turned else pairs
-        rows, columns = pairs[0] - self.first[a], pairs[1] - self.first[b]
+        own, rows, columns = self._edges(a, b)
+        rows, columns = rows[own] - self.first[a], columns[own] - self.first[b]
         n = self.sizes[a]
         if a == b:  # within a type: both directions, and the symmetric normalisation
             rows, columns = torch.cat((rows, columns)), torch.cat((columns, rows))
@@ -234,23 +206,8 @@ class TypedGraph:
         return state[name][node - self.first[name]]
 
 
-class TracedGraph:
+class TracedGraph(_Graph):
     """The same on all nodes at once with masks: dense operations of fixed shapes only."""
-
-    def __init__(
-        self,
-        types: Sequence[str],
-        relations: Sequence[Sequence[str]],
-        widths: Sequence[int],
-        x: Tensor,
-        x_index: Tensor,
-        node_type: Tensor,
-        edge_index: Tensor,
-        edge_type: Tensor,
-    ):
-        self.types, self.widths, self.relations = list(types), list(widths), [tuple(r) for r in relations]
-        self.x, self.x_index, self.node_type = x, x_index, node_type
-        self.edge_index, self.edge_type = edge_index, edge_type
 
     def project_all(self, table: Tensor) -> Tensor:
         """Shapes: table (features of all types, w); returns (n, w)."""
@@ -261,11 +218,9 @@ class TracedGraph:
         return out.index_add(0, self.x_index[0], table[place] * self.x[:, None].to(table.dtype))
 
     def move(self, a: str, b: str, state: States, needed: set[str]) -> States:
-        turned = (a, b) not in self.relations
-        number = self.relations.index((b, a) if turned else (a, b))
         s = state[""]
-        weight = (self.edge_type == number).to(s.dtype)
-        rows, columns = (self.edge_index[1], self.edge_index[0]) if turned else (self.edge_index[0], self.edge_index[1])
+        own, rows, columns = self._edges(a, b)
+        weight = own.to(s.dtype)
         if a == b:
             rows, columns, weight = torch.cat((rows, columns)), torch.cat((columns, rows)), weight.repeat(2)
         loop = 1.0 / (1.0 + s.new_zeros(len(s)).index_add(0, rows, weight))

@@ -81,25 +81,19 @@ class SupervisedHIN(ZooModule):
 
     # ---- the graph of a batch -----------------------------------------------------------------------------------
 
-    def graph(
-        self,
-        x: Tensor,
-        x_index: Tensor,
-        node_type: Tensor,
-        edge_index: Tensor,
-        edge_type: Tensor,
-        node: Tensor,
-    ) -> Any:
+    def graph(self, *given: Tensor) -> Any:
         """The graph ready to multiply, made and checked once for the same tensors.
 
+        Args:
+            given: what `forward` takes: the graph's tensors, then ``node``.
         Raises:
             ValueError: for shapes, types or numbers that are none of this model's (see `check_hin`).
         """
-        parts = (x, x_index, node_type, edge_index, edge_type)
+        *parts, node = given
         hp = self.hparams
         made = TracedGraph(hp.types, hp.relations, hp.in_features, *parts) if any(map(tracing, parts)) else None
         graph = self._made(self._typed, *parts) if made is None else made
-        self._check_nodes(node, node_type)
+        self._check_nodes(node, parts[2])
         return graph
 
     def _typed(self, *parts: Tensor) -> TypedGraph:
@@ -330,7 +324,63 @@ def meta_path_edges(graph: TypedGraph, path: list[str]) -> Tensor:
 
 
 class _AlongPaths(SupervisedHIN):
-    """Baselines that know the nodes of the classified type alone, and which of them meta-paths join."""
+    """Baselines that know the nodes of the classified type alone, and which of them meta-paths join.
+
+    A subclass makes its layers in `make` and writes `along`; what it does not get is its own ``usual``.
+
+    Args:
+        types, relations, ends, in_features, num_classes, task: as in `ReStruct`; classification only.
+        paths: meta-paths by their types, ends included.
+        limit: neighbours a node and path, drawn once; 0 for all.
+        hidden: units (of all heads together).
+        heads: attention heads (`HAN`).
+        dropout: rate.
+        lr, weight_decay: of Adam.
+    """
+
+    usual: ClassVar[dict[str, Any]]
+    head = ("last",)
+
+    def __init__(
+        self,
+        types: list[str] = ["P", "A", "S"],  # noqa: B006
+        relations: list[list[str]] = [["P", "A"], ["P", "S"]],  # noqa: B006
+        ends: list[str] = ["P", "P"],  # noqa: B006
+        in_features: list[int] = [1902, 1902, 1902],  # noqa: B006
+        num_classes: int = 3,
+        task: str = "classification",
+        paths: list[list[str]] | None = None,
+        limit: int = 0,
+        hidden: int = 64,
+        heads: int = 8,
+        dropout: float | None = None,
+        lr: float | None = None,
+        weight_decay: float | None = None,
+    ):
+        super().__init__()
+        paths = self.usual["paths"] if paths is None else paths
+        dropout = self.usual["dropout"] if dropout is None else dropout
+        lr = self.usual["lr"] if lr is None else lr
+        weight_decay = self.usual["weight_decay"] if weight_decay is None else weight_decay
+        self.save_hyperparameters()
+        self.set_task()
+        self.make(in_features[types.index(ends[0])])
+
+    def make(self, width: int) -> None:
+        """Make the layers. Args: width: features of the classified type."""
+        raise NotImplementedError
+
+    def along(self, x: Tensor, edges: list[Tensor]) -> Tensor:
+        """Logits of all nodes of the type. Shapes: x (n, f); edges (2, pairs) of every path; returns: (n, c)."""
+        raise NotImplementedError
+
+    def forward(
+        self, x: Tensor, x_index: Tensor, node_type: Tensor, edge_index: Tensor, edge_type: Tensor, node: Tensor
+    ) -> Tensor:
+        """Logits (m, c); see `ReStruct.forward`."""
+        self._check_nodes(node, node_type)
+        features, edges, first = self._made(self._homogeneous, x, x_index, node_type, edge_index, edge_type)
+        return self.along(features, edges)[node - first]
 
     def _homogeneous(self, *parts: Tensor) -> tuple[Tensor, list[Tensor], Any]:
         graph: TypedGraph = self._typed(*parts)
@@ -351,111 +401,49 @@ class _AlongPaths(SupervisedHIN):
             edges.append(pairs)
         return x, edges, graph.first[own]
 
-    def prepared(self, *given: Tensor) -> tuple[Tensor, list[Tensor], Any]:
-        """Features of the type, edges of every path, its first node: made once."""
-        *parts, node = given
-        self._check_nodes(node, parts[2])
-        return self._made(self._homogeneous, *parts)
-
 
 class HAN(_AlongPaths):
     """HAN (Wang et al., WWW 2019, arXiv:1903.07293): attention among the nodes that a meta-path joins, then over paths.
 
-    By ``torch_geometric.nn.HANConv``.
-
-    Args:
-        types, relations, ends, in_features, num_classes, task: as in `ReStruct`; classification only.
-        paths: meta-paths by their types, ends included.
-        limit: neighbours a node and path, drawn once; 0 for all.
-        hidden, heads: units of all heads together, attention heads.
-        dropout: rate.
-        lr, weight_decay: of Adam.
+    By ``torch_geometric.nn.HANConv``; arguments as in `_AlongPaths`.
     """
 
     variants: ClassVar[dict[str, dict[str, Any]]] = {"tiny": {"hidden": 8, "heads": 2}}
-    head = ("last",)
+    usual: ClassVar[dict[str, Any]] = {
+        "paths": [["P", "A", "P"], ["P", "S", "P"]],
+        "dropout": 0.6,
+        "lr": 0.005,
+        "weight_decay": 0.001,
+    }
 
-    def __init__(
-        self,
-        types: list[str] = ["P", "A", "S"],  # noqa: B006
-        relations: list[list[str]] = [["P", "A"], ["P", "S"]],  # noqa: B006
-        ends: list[str] = ["P", "P"],  # noqa: B006
-        in_features: list[int] = [1902, 1902, 1902],  # noqa: B006
-        num_classes: int = 3,
-        task: str = "classification",
-        paths: list[list[str]] = [["P", "A", "P"], ["P", "S", "P"]],  # noqa: B006
-        limit: int = 0,
-        hidden: int = 64,
-        heads: int = 8,
-        dropout: float = 0.6,
-        lr: float = 0.005,
-        weight_decay: float = 0.001,
-    ):
-        super().__init__()
-        self.save_hyperparameters()
-        self.set_task()
-        own = ends[0]
-        metadata = ([own], [(own, "-".join(path), own) for path in paths])
-        width = in_features[types.index(own)]
-        self.conv = torch_geometric_nn().HANConv({own: width}, hidden, metadata, heads=heads, dropout=dropout)
-        self.last = nn.Linear(hidden, num_classes)
+    def make(self, width: int) -> None:
+        hp, own = self.hparams, self.hparams.ends[0]
+        self.kinds = [(own, "-".join(path), own) for path in hp.paths]
+        layer = torch_geometric_nn().HANConv
+        self.conv = layer({own: width}, hp.hidden, ([own], self.kinds), heads=hp.heads, dropout=hp.dropout)
+        self.last = nn.Linear(hp.hidden, hp.num_classes)
 
-    def forward(
-        self, x: Tensor, x_index: Tensor, node_type: Tensor, edge_index: Tensor, edge_type: Tensor, node: Tensor
-    ) -> Tensor:
-        """Logits (m, c); see `ReStruct.forward`."""
-        features, edges, first = self.prepared(x, x_index, node_type, edge_index, edge_type, node)
+    def along(self, x: Tensor, edges: list[Tensor]) -> Tensor:
         own = self.hparams.ends[0]
-        keys = [(own, "-".join(path), own) for path in self.hparams.paths]
-        out = self.conv({own: features}, dict(zip(keys, edges, strict=True)))[own]
-        return self.last(out)[node - first]
+        return self.last(self.conv({own: x}, dict(zip(self.kinds, edges, strict=True)))[own])
 
 
 class MetaPathGCN(_AlongPaths):
-    """Two graph convolutions on the graph that a meta-path makes, the mean over paths.
-
-    Args:
-        types, relations, ends, in_features, num_classes, task: as in `ReStruct`; classification only.
-        paths: meta-paths by their types, ends included.
-        limit: neighbours a node and path, drawn once; 0 for all.
-        hidden: units.
-        dropout: rate.
-        lr, weight_decay: of Adam.
-    """
+    """Two graph convolutions on the graph that a meta-path makes, the mean over paths; arguments of `_AlongPaths`."""
 
     variants: ClassVar[dict[str, dict[str, Any]]] = {"tiny": {"hidden": 8}}
-    head = ("last",)
+    usual: ClassVar[dict[str, Any]] = {"paths": [["P", "A", "P"]], "dropout": 0.5, "lr": 0.01, "weight_decay": 5e-4}
 
-    def __init__(
-        self,
-        types: list[str] = ["P", "A", "S"],  # noqa: B006
-        relations: list[list[str]] = [["P", "A"], ["P", "S"]],  # noqa: B006
-        ends: list[str] = ["P", "P"],  # noqa: B006
-        in_features: list[int] = [1902, 1902, 1902],  # noqa: B006
-        num_classes: int = 3,
-        task: str = "classification",
-        paths: list[list[str]] = [["P", "A", "P"]],  # noqa: B006
-        limit: int = 0,
-        hidden: int = 64,
-        dropout: float = 0.5,
-        lr: float = 0.01,
-        weight_decay: float = 5e-4,
-    ):
-        super().__init__()
-        self.save_hyperparameters()
-        self.set_task()
-        self.first = nn.ModuleList(nn.Linear(in_features[types.index(ends[0])], hidden) for _ in paths)
-        self.last = nn.ModuleList(nn.Linear(hidden, num_classes) for _ in paths)
+    def make(self, width: int) -> None:
+        hp = self.hparams
+        self.first = nn.ModuleList(nn.Linear(width, hp.hidden) for _ in hp.paths)
+        self.last = nn.ModuleList(nn.Linear(hp.hidden, hp.num_classes) for _ in hp.paths)
         self._adjacent = Remember()
 
-    def forward(
-        self, x: Tensor, x_index: Tensor, node_type: Tensor, edge_index: Tensor, edge_type: Tensor, node: Tensor
-    ) -> Tensor:
-        """Logits (m, c); see `ReStruct.forward`."""
-        features, edges, start = self.prepared(x, x_index, node_type, edge_index, edge_type, node)
-        paths = self._adjacent(lambda x, *pairs: [Adjacency(p, len(x)) for p in pairs], features, *edges)
+    def along(self, x: Tensor, edges: list[Tensor]) -> Tensor:
+        paths = self._adjacent(lambda x, *pairs: [Adjacency(p, len(x)) for p in pairs], x, *edges)
         outs, p = [], self.hparams.dropout
         for adjacency, first, last in zip(paths, self.first, self.last, strict=True):
-            h = (adjacency @ first(F.dropout(features, p, self.training))).relu()
+            h = (adjacency @ first(F.dropout(x, p, self.training))).relu()
             outs.append(adjacency @ last(F.dropout(h, p, self.training)))
-        return torch.stack(outs).mean(0)[node - start]
+        return torch.stack(outs).mean(0)

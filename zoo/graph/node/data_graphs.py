@@ -3,18 +3,18 @@
 Index legend: n nodes of all graphs of a batch, e directed edges, b graphs, f features, k edge features, c classes.
 """
 
-import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from zoo.core import ZooDataModule, ZooError, atomic_write, seed_from
-from zoo.graph.node.data_nodes import NodeClassificationDataModule
+from zoo.core import ZooDataModule, ZooError, seed_from
+from zoo.data.plain import class_rows, write_csv
+from zoo.graph.node.data_nodes import NodeClassificationDataModule, choose
 
 FOLDS = 10
 
@@ -26,6 +26,10 @@ class GraphClassificationDataModule(ZooDataModule):
     targets, every undirected edge twice; "batch" (n) int64, the graph of each node, in order; "y" int64, one a graph or
     (``target="node"``) one a node, -1 where the data has none; "edge_attr" (e, k) float, with ``edges``; "name":
     list[str], the graphs' numbers, or "graph/node". A user's own graphs have no "y".
+
+    What the edges are: every undirected edge twice, once in each direction; edges that come several times are kept
+    once, with the first one's features; self-loops are removed. Nodes without edges stay. An edge with an unknown node,
+    or between graphs, is refused.
 
     root=None: generated from ``seed``, 600 rings of 16 to 40 nodes, 200 of them for validation and tests each. With
     ``target="node"`` every node has one of 4 keys, and 4 nodes at random places, one a key, show a colour; the label of
@@ -108,13 +112,7 @@ class GraphClassificationDataModule(ZooDataModule):
         assert self.root is not None
         folder = self.root / "raw" if (self.root / "raw").is_dir() else self.root
         found = sorted(p.name.removesuffix("_A.txt") for p in folder.glob("*_A.txt"))
-        if self.name is None and len(found) != 1:
-            held = f"holds {', '.join(found)}: choose one with name=..." if found else "holds no set of graphs"
-            error = ZooError if found else FileNotFoundError
-            raise error(f"{folder} {held}{'' if found else f'. Expected {self.layout()}'}")
-        name = self.name or found[0]
-        if name not in found:
-            raise FileNotFoundError(f"{folder} holds no {name}_A.txt, but {', '.join(found) or 'nothing'}.")
+        name = choose(folder, found, self.name, "set of graphs", self.layout())
         return read_tu(folder, name, self.target, self.features, self.edges)
 
     def _split(self, graphs: "PackedGraphs") -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +156,7 @@ class GraphClassificationDataModule(ZooDataModule):
         reader, graphs, names, width = NodeClassificationDataModule(), [], [], None
         for place in places:
             found = reader.read(place)
-            for graph in found.graphs:
+            for graph in found.items:
                 if width is not None and graph["x"].shape[1] != width:
                     self.skip(place, f"{graph['x'].shape[1]} features a node, {width} in the graphs before it")
                     continue
@@ -173,19 +171,32 @@ class GraphClassificationDataModule(ZooDataModule):
 
     def write(self, predictions: Iterable[dict[str, Any]], path: Path) -> list[Path]:
         """A CSV with one line a graph or node: ``name,class,probability``. A folder gets ``predictions.csv``."""
-        path = Path(path)
-        target = path if path.suffix.lower() == ".csv" else path / "predictions.csv"
-        with atomic_write(target) as part, open(part, "w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(("name", "class", "probability"))
-            for prediction in predictions:
-                top = prediction["probability"].gather(1, prediction["class"][:, None])[:, 0].tolist()
-                rows = zip(prediction["name"], prediction["class"].tolist(), top, strict=True)
-                writer.writerows((name, c, f"{p:.6f}") for name, c, p in rows)
-        return [target]
+        return write_csv(path, ("name", "class", "probability"), class_rows(predictions))
 
 
-class PackedGraphs(Dataset):
+class Packed(Dataset):
+    """Samples in a few tensors, of which a subclass's ``batch(indices, generator)`` cuts some out without a loop."""
+
+    chosen: Tensor
+    """Numbers of the samples that belong to this dataset."""
+
+    def batch(self, indices: list[int], generator: torch.Generator | None = None) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def subset(self, which: Tensor) -> Self:
+        """The same tensors, only these of the samples."""
+        part = object.__new__(type(self))
+        part.__dict__.update(self.__dict__, chosen=self.chosen[which])
+        return part
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.batch([index])
+
+
+class PackedGraphs(Packed):
     """Graphs end to end in a few tensors; a batch is cut out of them without a loop over graphs.
 
     Args:
@@ -229,18 +240,6 @@ class PackedGraphs(Dataset):
         nodes = torch.tensor([len(x) for x, _ in graphs])
         edges = torch.tensor([e.shape[1] for _, e in graphs])
         return cls(torch.cat([x for x, _ in graphs]), torch.cat([e for _, e in graphs], 1), nodes, edges, **more)
-
-    def subset(self, which: Tensor) -> "PackedGraphs":
-        """The same tensors, only these graphs."""
-        part = object.__new__(PackedGraphs)
-        part.__dict__.update(self.__dict__, chosen=self.chosen[which])
-        return part
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.batch([index])
 
     def batch(self, indices: list[int], generator: torch.Generator | None = None) -> dict[str, Any]:
         """Several graphs side by side."""
@@ -390,6 +389,7 @@ def read_tu(
         if values is not None and len(values) != rows:
             raise ZooError(f"{name} in {folder}: {len(values)} lines of {kind}, {rows} expected.")
 
+    pairs, line = _both_ways(pairs, n)
     order = np.argsort(graph[pairs[:, 0]], kind="stable")
     nodes = torch.from_numpy(np.bincount(graph, minlength=count))
     first = np.cumsum(nodes.numpy()) - nodes.numpy()
@@ -410,11 +410,22 @@ def read_tu(
         nodes,
         torch.from_numpy(np.bincount(graph[pairs[:, 0]], minlength=count)),
         y=y,
-        edge_attr=torch.from_numpy(np.concatenate(given, axis=1)[order]) if given else None,
+        edge_attr=torch.from_numpy(np.concatenate(given, axis=1)[line][order]) if given else None,
         groups=groups,
     )
     packed.by_node = target == "node"
     return packed
+
+
+def _both_ways(pairs: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every edge in both directions, each once, without self-loops: pairs (e, 2), and the line that each is of (e).
+
+    The order is that of the file; a direction that it lacks comes behind, with the other's line.
+    """
+    both, line = np.concatenate((pairs, pairs[:, ::-1])), np.tile(np.arange(len(pairs)), 2)
+    kept = np.sort(np.unique(both[:, 0] * n + both[:, 1], return_index=True)[1])
+    kept = kept[both[kept, 0] != both[kept, 1]]
+    return both[kept], line[kept]
 
 
 def _features(

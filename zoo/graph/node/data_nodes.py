@@ -4,19 +4,19 @@ Index legend: n nodes, e directed edges, f features, c classes.
 """
 
 import collections
-import csv
-import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from zoo.core import ZooDataModule, ZooError, atomic_write, seed_from
-from zoo.nn.graph import Remember
+from zoo.core import ZooDataModule, ZooError, seed_from
+from zoo.core.datamodule import Items
+from zoo.data.plain import Matrix, class_rows, csv_rows, load_npz, unpickle, write_csv
+from zoo.graph.node.ogb import ogb_folders, read_ogb
 
 Graph = dict[str, Any]
 
@@ -31,7 +31,7 @@ class NodeClassificationDataModule(ZooDataModule):
 
     What the edges are: every undirected edge twice, once in each direction; edges that come several times are kept
     once; self-loops are removed (methods that want them add them). Nodes without edges stay. A node without features
-    has a row of zeros.
+    has a row of zeros. Edges with unknown nodes are refused; in a user's own CSV such lines are counted and left out.
 
     root=None: a stochastic block model, made from ``seed``: 4 blocks of 150 nodes, mean degree 3, 80 % of the edges
     within a block, 60 binary words of which each block uses 15 of its own often; 5 labels a class for training, 100
@@ -40,8 +40,10 @@ class NodeClassificationDataModule(ZooDataModule):
 
     root=DIR: one of the public layouts, in DIR or in DIR/raw: Planetoid (``ind.NAME.x``, ``.tx``, ``.allx``, ``.y``,
     ``.ty``, ``.ally``, ``.graph``, ``.test.index``; github.com/kimiyoung/planetoid); ``NAME.npz`` of
-    yandex-research/heterophilous-graphs; or ``NAME.npz`` of shchur/gnn-benchmark (Amazon, Coauthor). Splits of Geom-GCN
-    (``splits/NAME_split_0.6_0.2_FOLD.npz`` in DIR) serve any of them.
+    yandex-research/heterophilous-graphs; or ``NAME.npz`` of shchur/gnn-benchmark (Amazon, Coauthor). Or the Open Graph
+    Benchmark's: DIR/ogbn_arxiv, DIR/ogbn_products, ... as the package ogb leaves them (``raw/*.csv.gz`` or
+    ``processed/data_processed``, and ``split/*/*.csv.gz``), ``name="ogbn-arxiv"``; what is missing is fetched by the
+    package where it is installed. Splits of Geom-GCN (``splits/NAME_split_0.6_0.2_FOLD.npz`` in DIR) serve any of them.
 
     The Planetoid files are pickles; they are read by an unpickler that knows arrays, sparse matrices, lists and
     dictionaries, and refuses anything else.
@@ -51,7 +53,8 @@ class NodeClassificationDataModule(ZooDataModule):
         num_workers: leave at 0: the graph is made once, workers would only copy it.
         name: of the graph in ``root``; None where it holds a single one.
         split: "auto" takes the split that the files bring: Planetoid's public one (20 labels a class, 500 validation
-            nodes, the test nodes of the file), the masks number ``fold`` of a heterophilous file, else "random".
+            nodes, the test nodes of the file), the masks number ``fold`` of a heterophilous file, the Open Graph
+            Benchmark's, else "random".
             "geom" takes fold ``fold`` of the Geom-GCN files; "random" draws ``per_class`` training nodes a class and
             500 validation nodes (a third of what is left where there are fewer than 1,500) by ``seed``.
         fold: 0 to 9.
@@ -62,6 +65,9 @@ class NodeClassificationDataModule(ZooDataModule):
     """
 
     embedded = "a generated graph of 600 nodes (attributed stochastic block model)"
+    whole = True
+    directed: ClassVar[bool] = False
+    """Take edges of the Open Graph Benchmark in the directions that they come in."""
 
     def __init__(
         self,
@@ -78,17 +84,14 @@ class NodeClassificationDataModule(ZooDataModule):
             raise ValueError(f"split is {split!r}; it must be 'auto', 'geom' or 'random'.")
         if fold < 0 or per_class < 1:
             raise ValueError(f"fold is {fold} and per_class {per_class}; they must be at least 0 and 1.")
-        if batch_size != 1:
-            raise ValueError(f"batch_size is {batch_size}; a batch is one whole graph, so it must be 1.")
         super().__init__(root, batch_size, num_workers, seed)
         self.name, self.split, self.fold, self.per_class = name, split, fold, per_class
-        self._moved = Remember()
         self.save_hyperparameters()
 
     def build(self) -> dict[str, Dataset]:
         graph = block_model(self.seed) if self.root is None else self._read_public()
         graph.setdefault("name", [str(i) for i in range(len(graph["x"]))])
-        graphs = Graphs([graph])
+        graphs = Items([graph])
         return {"train": graphs, "val": graphs, "test": graphs}
 
     def describe(self) -> dict[str, Any]:
@@ -96,42 +99,24 @@ class NodeClassificationDataModule(ZooDataModule):
         graph = self.dataset("train")[0]
         return {"in_features": graph["x"].shape[1], "num_classes": int(graph["y"].max()) + 1}
 
-    @staticmethod
-    def collate(items: list[Graph]) -> Graph:
-        """The graph itself: a batch is one item."""
-        return items[0]
-
-    def loader(self, dataset: Dataset, shuffle: bool = False) -> "DataLoader[Any]":
-        """The base's loader; every process of a distributed run gets the whole graph, also in evaluation."""
-        own = dataset is self._sets.get("predict")  # a user's graphs are shared out: none twice
-        loader = super().loader(dataset, shuffle=not own)
-        loader.pin_memory = False  # pinning copies: the graph would no longer be the same object every time
-        return loader
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """The same graph again is moved once; it then is the same object on the device, too."""
-        move = super().transfer_batch_to_device
-        return self._moved(lambda batch, device: move(batch, device, dataloader_idx), batch, device)
-
     # ---- public layouts -----------------------------------------------------------------------------------------
 
     def _read_public(self) -> Graph:
         assert self.root is not None
         folder = self.root / "raw" if (self.root / "raw").is_dir() else self.root
-        planetoid = sorted(p.name[4:-2] for p in folder.glob("ind.*.x"))
-        archives = sorted(p.stem for p in folder.glob("*.npz"))
-        found = sorted({*planetoid, *archives})
-        if self.name is None and len(found) != 1:
-            held = f"holds {', '.join(found)}: choose one with name=..." if found else "holds no graph"
-            error = ZooError if found else FileNotFoundError
-            raise error(f"{folder} {held}{'' if found else f'. Expected {self.layout()}'}")
-        name = self.name or found[0]
-        if name not in found:
-            raise FileNotFoundError(
-                f"{folder} holds no graph {name!r}{f' but {chr(44).join(found)}' if found else ''}; expected "
-                f"ind.{name}.x and its seven companions, or {name}.npz."
-            )
-        graph = read_planetoid(folder, name) if name in planetoid else read_npz(folder / f"{name}.npz", self.fold)
+        ogb = ogb_folders(self.root)
+        planetoid, archives = [], []
+        if self.root not in ogb.values():
+            planetoid = sorted(p.name[4:-2] for p in folder.glob("ind.*.x"))
+            archives = sorted(p.stem for p in folder.glob("*.npz"))
+        fetched = [self.name] if self.name is not None and self.name.startswith("ogbn-") else []
+        name = choose(folder, {*planetoid, *archives, *ogb, *fetched}, self.name, "graph", self.layout())
+        if name in planetoid or name in archives:
+            graph = read_planetoid(folder, name) if name in planetoid else read_npz(folder / f"{name}.npz", self.fold)
+        else:
+            graph = read_ogb(name, self.root)
+            if not self.directed:
+                graph["edge_index"] = clean_edges(graph["edge_index"], len(graph["x"]), name)
         if self.split == "geom":
             self._geom_split(graph, name)
         elif self.split == "random" or "train_mask" not in graph:
@@ -145,7 +130,7 @@ class NodeClassificationDataModule(ZooDataModule):
             expected="a Geom-GCN split (train_mask, val_mask, test_mask)",
             get="Copy splits/ from github.com/graphdml-uiuc-jlu/geom-gcn.",
         )
-        arrays = _load_npz(path, ("train_mask", "val_mask", "test_mask"))
+        arrays = load_npz(path, ("train_mask", "val_mask", "test_mask"))
         for key in ("train_mask", "val_mask", "test_mask"):
             if arrays[key].shape != (len(graph["y"]),):
                 raise ZooError(f"{path}: {key} has shape {arrays[key].shape}, the graph {len(graph['y'])} nodes.")
@@ -153,7 +138,7 @@ class NodeClassificationDataModule(ZooDataModule):
 
     # ---- users' own graphs --------------------------------------------------------------------------------------
 
-    def read(self, path: Path) -> "Graphs":
+    def read(self, path: Path) -> Items:
         """A user's own graph, or a folder of several.
 
         Args:
@@ -175,12 +160,12 @@ class NodeClassificationDataModule(ZooDataModule):
                 continue
             graph.setdefault("name", [str(i) for i in range(len(graph["x"]))])
             graphs.append({key: graph[key] for key in ("x", "edge_index", "name")})
-        return Graphs(graphs)
+        return Items(graphs)
 
     def _read_csv(self, folder: Path) -> Graph:
         nodes, edges = folder / "nodes.csv", folder / "edges.csv"
         rows, bad = [], []
-        for number, row in _csv_rows(nodes):
+        for number, row in csv_rows(nodes):
             try:
                 values = np.array([float(v) for v in row[1:]], dtype=np.float32)
             except ValueError:
@@ -197,7 +182,7 @@ class NodeClassificationDataModule(ZooDataModule):
         if bad:
             self.skip(nodes, f"{len(bad)} lines (the first: {bad[0]}) are not a name and {len(rows[0][1])} numbers")
         pairs, bad = [], []
-        for number, row in _csv_rows(edges):
+        for number, row in csv_rows(edges):
             if len(row) >= 2 and row[0] in index and row[1] in index:
                 pairs.append((index[row[0]], index[row[1]]))
             else:
@@ -212,39 +197,37 @@ class NodeClassificationDataModule(ZooDataModule):
 
     def write(self, predictions: Iterable[dict[str, Any]], path: Path) -> list[Path]:
         """A CSV with one line a node: ``node,class,probability`` (of that class). A folder gets ``predictions.csv``."""
-        path = Path(path)
-        target = path if path.suffix.lower() == ".csv" else path / "predictions.csv"
-        with atomic_write(target) as part, open(part, "w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(("node", "class", "probability"))
-            for prediction in predictions:
-                classes = prediction["class"].tolist()
-                top = prediction["probability"].gather(1, prediction["class"][:, None])[:, 0].tolist()
-                writer.writerows(
-                    (name, c, f"{p:.6f}") for name, c, p in zip(prediction["name"], classes, top, strict=True)
-                )
-        return [target]
+        return write_csv(path, ("node", "class", "probability"), class_rows(predictions))
 
 
-class Graphs(Dataset):
-    """A list of graphs; an item is the very object, so that who gets it again may know it again."""
+def choose(folder: Path, found: Iterable[str], name: str | None, what: str, layout: str) -> str:
+    """Which of the sets in a folder is meant.
 
-    def __init__(self, graphs: Sequence[Graph]):
-        self.graphs = list(graphs)
-
-    def __len__(self) -> int:
-        return len(self.graphs)
-
-    def __getitem__(self, index: int) -> Graph:
-        return self.graphs[index]
+    Args:
+        found: their names.
+        name: what the user wrote; None where there is a single one.
+        what: what they are, and ``layout`` what was expected, for the error.
+    Raises:
+        FileNotFoundError: if it is none of them, or there are none.
+        ZooError: if there are several and no name.
+    """
+    held = sorted(found)
+    if name in held or (name is None and len(held) == 1):
+        return name or held[0]
+    if name is None and held:
+        raise ZooError(f"{folder} holds {', '.join(held)}: choose one with name=...")
+    wanted, others = "" if name is None else f" {name!r}", f" but {', '.join(held)}" if held else ""
+    raise FileNotFoundError(f"{folder} holds no {what}{wanted}{others}. Expected {layout}")
 
 
 # ---- edges and splits ------------------------------------------------------------------------------------------------
 
 
-def clean_edges(edges: Tensor, nodes: int) -> Tensor:
+def clean_edges(edges: Tensor, nodes: int, where: object = "The graph") -> Tensor:
     """Both directions of every edge, each once, without self-loops, sorted by source, then target.
 
+    Args:
+        where: the file, for the error.
     Shapes:
         edges: (2, any) int64, in any direction, repeats allowed; returns: (2, e)
     Raises:
@@ -253,7 +236,7 @@ def clean_edges(edges: Tensor, nodes: int) -> Tensor:
     if edges.numel():
         low, high = (int(v) for v in torch.aminmax(edges))
         if low < 0 or high >= nodes:
-            raise ZooError(f"An edge names node {low if low < 0 else high}; nodes are 0 to {nodes - 1}.")
+            raise ZooError(f"{where}: an edge names node {low if low < 0 else high}; nodes are 0 to {nodes - 1}.")
     edges = edges[:, edges[0] != edges[1]]
     keys = torch.unique(torch.cat((edges[0] * nodes + edges[1], edges[1] * nodes + edges[0])))
     return torch.stack((keys // nodes, keys % nodes))
@@ -306,71 +289,19 @@ def block_model(seed: int, blocks: int = 4, size: int = 150, degree: float = 3.0
     return {"x": x, "edge_index": edges, "y": y, **random_split(y, per_class=5, seed=seed, validation=100)}
 
 
-# ---- Planetoid's pickles ---------------------------------------------------------------------------------------------
+# ---- Planetoid -------------------------------------------------------------------------------------------------------
 
 
-class _Csr:
-    """What a pickled scipy matrix holds, without scipy: its arrays and its shape."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-    def dense(self) -> np.ndarray:
-        rows, columns = self.__dict__.get("_shape") or self.__dict__["shape"]
-        indptr, indices, data = (np.asarray(self.__dict__[key]) for key in ("indptr", "indices", "data"))
-        if len(indptr) != rows + 1 or len(indices) != len(data) or int(indptr[-1]) > len(data):
-            raise ValueError("a sparse matrix whose arrays do not fit its shape")
-        x = np.zeros((rows, columns), dtype=np.float32)
-        np.add.at(x, (np.repeat(np.arange(rows), np.diff(indptr)), indices), data)
-        return x
-
-
-def _allowed() -> dict[tuple[str, str], Any]:
-    reconstruct = np.empty(0).__reduce__()[0]
-    table: dict[tuple[str, str], Any] = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("collections", "defaultdict"): collections.defaultdict,
-        ("collections", "OrderedDict"): collections.OrderedDict,
-        ("_codecs", "encode"): _encode,
-    }
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        table[module, "_reconstruct"] = reconstruct
-    for module in ("__builtin__", "builtins"):
-        table |= {(module, kind.__name__): kind for kind in (list, dict, set, int)}
-    for module in ("scipy.sparse.csr", "scipy.sparse._csr"):
-        table[module, "csr_matrix"] = table[module, "csr_array"] = _Csr
-    return table
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """How Python 3 pickles bytes in protocol 2; other encodings do not occur."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"encoding {encoding!r}")
-    return text.encode("latin1")
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Arrays, sparse matrices, lists and dictionaries; nothing else is looked up, so nothing else can run."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        found = _allowed().get((module, name))
-        if found is None:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no Planetoid file needs")
-        return found
-
-
-def _unpickle(path: Path) -> Any:
+def _planetoid(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing: expected one of the eight Planetoid files. "
             "Get data/ind.* from github.com/kimiyoung/planetoid."
         )
+    content = unpickle(path)
     try:
-        with open(path, "rb") as stream:
-            content = _ArrayUnpickler(stream, encoding="latin1").load()
-        return content.dense() if isinstance(content, _Csr) else content
-    except Exception as error:
+        return content.dense() if isinstance(content, Matrix) else content
+    except (KeyError, ValueError, TypeError) as error:
         raise ZooError(f"{path} cannot be read: {error}") from error
 
 
@@ -384,7 +315,7 @@ def read_planetoid(folder: Path, name: str) -> Graph:
         FileNotFoundError: naming a missing file.
         ZooError: if files do not fit together, or hold what no Planetoid file holds.
     """
-    parts = {key: _unpickle(folder / f"ind.{name}.{key}") for key in ("x", "y", "tx", "ty", "allx", "ally", "graph")}
+    parts = {key: _planetoid(folder / f"ind.{name}.{key}") for key in ("x", "y", "tx", "ty", "allx", "ally", "graph")}
     path = folder / f"ind.{name}.test.index"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected the numbers of the test nodes, one a line.")
@@ -410,7 +341,7 @@ def read_planetoid(folder: Path, name: str) -> Graph:
     masks["val_mask"][known:] = False
     masks["test_mask"][torch.from_numpy(test)] = True
     labels = torch.from_numpy(y)
-    edges = clean_edges(torch.from_numpy(np.stack((sources, targets))), n)
+    edges = clean_edges(torch.from_numpy(np.stack((sources, targets))), n, folder / f"ind.{name}.graph")
     return {
         "x": torch.from_numpy(x),
         "edge_index": edges,
@@ -422,35 +353,13 @@ def read_planetoid(folder: Path, name: str) -> Graph:
 # ---- npz -------------------------------------------------------------------------------------------------------------
 
 
-def _load_npz(path: Path, keys: Iterable[str] = ()) -> dict[str, np.ndarray]:
-    """The arrays of an archive that are no pickles.
-
-    Raises:
-        ZooError: if it is no such archive, or lacks one of ``keys``.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {}
-            for key in archive.files:
-                try:
-                    arrays[key] = archive[key]
-                except ValueError:  # an object array: names in the gnn-benchmark files, which nothing here needs
-                    continue
-    except Exception as error:
-        raise ZooError(f"{path} cannot be read as an npz archive: {error}") from error
-    missing = [key for key in keys if key not in arrays]
-    if missing:
-        raise ZooError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(sorted(arrays)) or 'nothing'}.")
-    return arrays
-
-
 def read_npz(path: Path, fold: int = 0) -> Graph:
     """A graph of yandex-research/heterophilous-graphs or shchur/gnn-benchmark; labels and masks where it has them.
 
     Raises:
         ZooError: if it has neither layout, or pieces that do not fit.
     """
-    arrays = _load_npz(path)
+    arrays = load_npz(path)
     try:
         if "node_features" in arrays:
             x = torch.from_numpy(arrays["node_features"].astype(np.float32))
@@ -460,9 +369,8 @@ def read_npz(path: Path, fold: int = 0) -> Graph:
             if "attr_matrix" in arrays:
                 x = torch.from_numpy(arrays["attr_matrix"].astype(np.float32))
             else:
-                matrix = _Csr()
-                matrix.__setstate__({key: arrays[f"attr_{key}"] for key in ("indptr", "indices", "data", "shape")})
-                x = torch.from_numpy(matrix.dense())
+                parts = {key: arrays[f"attr_{key}"] for key in ("indptr", "indices", "data", "shape")}
+                x = torch.from_numpy(Matrix("csr", parts).dense())
             indptr = arrays["adj_indptr"].astype(np.int64)
             rows = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
             pairs = torch.from_numpy(np.stack((rows, arrays["adj_indices"].astype(np.int64))))
@@ -474,7 +382,7 @@ def read_npz(path: Path, fold: int = 0) -> Graph:
             )
         if x.ndim != 2 or len(x) == 0:
             raise ValueError(f"features have shape {tuple(x.shape)}")
-        graph: Graph = {"x": x, "edge_index": clean_edges(pairs, len(x))}
+        graph: Graph = {"x": x, "edge_index": clean_edges(pairs, len(x), path)}
         if y is not None:
             if y.shape != (len(x),):
                 raise ValueError(f"labels have shape {y.shape}, the graph {len(x)} nodes")
@@ -488,24 +396,3 @@ def read_npz(path: Path, fold: int = 0) -> Graph:
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise ZooError(f"{path} does not hold a graph: {error}") from error
     return graph
-
-
-# ---- csv -------------------------------------------------------------------------------------------------------------
-
-
-def _csv_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """(line number, fields) of every line after the header that is not empty.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ZooError: if it is no text.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: expected a header and one line for each node or edge.")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as stream:
-            reader = csv.reader(stream)
-            rows = [(reader.line_num, [field.strip() for field in row]) for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ZooError(f"{path} is no CSV file: {error}") from error
-    return [(number, row) for number, row in rows[1:] if any(row)]

@@ -8,8 +8,6 @@ import functools
 import hashlib
 import json
 import logging
-import pickle
-import types
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,10 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.core import ZooDataModule, ZooError, atomic_write, check_finite, seed_from
-from zoo.core.datamodule import _Loader, _Order
-from zoo.graph.node.data_graphs import _ranges
-from zoo.graph.node.data_nodes import Graph, Graphs, NodeClassificationDataModule, _allowed, _Csr, clean_edges
+from zoo.core import ZooError, atomic_write, check_finite, seed_from
+from zoo.core.datamodule import Items, _Loader, _Order
+from zoo.data.plain import Matrix, tensor_file
+from zoo.graph.node.data_graphs import Packed, _ranges
+from zoo.graph.node.data_nodes import Graph, NodeClassificationDataModule, clean_edges
+from zoo.graph.node.ogb import read_ogb
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +55,11 @@ class LargeGTTokenDataModule(NodeClassificationDataModule):
     features name the block and are wrong for 70 % of the nodes; the label is the commonest block within three hops.
     Half of the nodes are for training, a quarter for validation.
 
-    root=DIR: the layouts of `NodeClassificationDataModule`; or the authors' prepared files, in DIR or in DIR/data:
-    ``NAME_sample_node_len_K.pt`` (sequences, features, averages; labels and splits where it has them) with
-    ``NAME_embedding_G.pt`` (positional encodings); or ``snap_patents.mat`` (edge_index, node_feat, num_nodes, years;
-    edges keep their direction), whose labels are five quantiles of the years; or, with ``name="ogbn-..."``, the folder
-    of the package ogb. Prepared files of snap-patents and ogbn take labels from these.
+    root=DIR: the layouts of `NodeClassificationDataModule`, where edges of the Open Graph Benchmark keep their
+    direction; or the authors' prepared files, in DIR or in DIR/data: ``NAME_sample_node_len_K.pt`` (sequences,
+    features, averages; labels and splits where it has them) with ``NAME_embedding_G.pt`` (positional encodings); or
+    ``snap_patents.mat`` (edge_index, node_feat, num_nodes, years; edges keep their direction), whose labels are five
+    quantiles of the years. Prepared files of snap-patents and ogbn take labels from these.
 
     Args:
         batch_size: nodes a batch.
@@ -86,6 +86,7 @@ class LargeGTTokenDataModule(NodeClassificationDataModule):
     """
 
     embedded = "a generated graph of 2,000 nodes (labels by the blocks around them)"
+    directed = True
 
     def __init__(
         self,
@@ -127,10 +128,10 @@ class LargeGTTokenDataModule(NodeClassificationDataModule):
                 f"walks is {walks}, walk_epochs {walk_epochs}, walk_batch {walk_batch}, walk_length {walk_length} and "
                 f"context {context}; expected at least 1, 1, 1, a context of at least 2 and walks no shorter."
             )
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-        super().__init__(root, 1, num_workers, seed, name, "random" if split == "half" else split, fold, per_class)
-        self.batch_size, self.split = batch_size, split
+        self.whole = form == "graph"
+        size = 1 if self.whole else batch_size
+        super().__init__(root, size, num_workers, seed, name, "random" if split == "half" else split, fold, per_class)
+        self.split = split
         self.tokens, self.hops, self.sampler, self.pos_enc = tokens, hops, sampler, pos_enc
         self.walk = {"walks": walks, "length": walk_length, "context": context, "epochs": walk_epochs}
         self.walk["batch"] = walk_batch
@@ -143,7 +144,7 @@ class LargeGTTokenDataModule(NodeClassificationDataModule):
             graph = self._whole()
             graph = {key: value for key, value in graph.items() if key not in ("sequences", "context", "pos_enc")}
             graph.setdefault("name", [str(i) for i in range(len(graph["x"]))])
-            graphs = Graphs([graph])
+            graphs = Items([graph])
             return {"train": graphs, "val": graphs, "test": graphs}
         if self.root is None and self.cache is None:
             prepared = _embedded(self.seed, self.split, json.dumps(self._options()))
@@ -201,12 +202,10 @@ class LargeGTTokenDataModule(NodeClassificationDataModule):
                 graph.update(self._labels(name, patents, len(graph["x"])))
             encodings = files[name].with_name(f"{name}_embedding_{self.pos_enc}.pt")
             if self.pos_enc and encodings.is_file():
-                graph["pos_enc"] = _tensor_file(encodings).float()
+                graph["pos_enc"] = tensor_file(encodings).float()
             return graph
         if patents is not None and self.name in (None, "snap-patents", "snap_patents"):
             return read_patents(patents)
-        if name is not None and name.startswith("ogbn-"):
-            return read_ogb(name, self.root)
         return super()._read_public()
 
     def _labels(self, name: str, patents: Path | None, nodes: int) -> Graph:
@@ -219,7 +218,7 @@ class LargeGTTokenDataModule(NodeClassificationDataModule):
         else:
             raise FileNotFoundError(
                 f"{self.root} has sequences of {name}, but no labels: expected snap_patents.mat beside them, or a name "
-                "that begins with ogbn- and the package ogb."
+                "that begins with ogbn- and that set's folder."
             )
         if len(graph["y"]) != nodes:
             raise ZooError(f"{name} has {len(graph['y'])} labels and {nodes} sequences.")
@@ -236,29 +235,22 @@ class LargeGTTokenDataModule(NodeClassificationDataModule):
         graphs = super().read(path)
         if self.form == "graph" or len(graphs) == 0:
             return graphs
-        for graph in graphs.graphs[1:]:
+        for graph in graphs.items[1:]:
             self.skip(path, f"a second graph, of {len(graph['x'])} nodes: name one")
-        prepared = prepare(graphs.graphs[0], folder=None, **self._options())
+        prepared = prepare(graphs.items[0], folder=None, **self._options())
         prepared.own = True
         return prepared
 
     def loader(self, dataset: Dataset, shuffle: bool = False) -> "DataLoader[Any]":
-        if self.form == "graph":
-            return super().loader(dataset, shuffle)
-        if self.through == "torch_geometric":
+        if self.through == "torch_geometric" and not self.whole:
             sampler = _Order(dataset, self.batch_size, self.seed, self if shuffle else None, self.trainer)
             return geometric_loader(
                 dataset, batch_size=self.batch_size, sampler=_Numbers(sampler), num_workers=self.num_workers
             )
-        return ZooDataModule.loader(self, dataset, shuffle)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        if self.form == "graph":
-            return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        return ZooDataModule.transfer_batch_to_device(self, batch, device, dataloader_idx)
+        return super().loader(dataset, shuffle)
 
 
-class Sequences(Dataset):
+class Sequences(Packed):
     """Nodes as sequences; a batch is gathered without a loop over nodes. Tensors may be memory-mapped.
 
     Args:
@@ -284,18 +276,6 @@ class Sequences(Dataset):
         self.classes = 0 if y is None else int(y.max()) + 1
         self.chosen = torch.arange(len(features))
         self.own = False  # a user's graph is another one than the model's: its nodes have no numbers there
-
-    def subset(self, nodes: Tensor) -> "Sequences":
-        """The same tensors, only these nodes."""
-        part = object.__new__(Sequences)
-        part.__dict__.update(self.__dict__, chosen=nodes)
-        return part
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.batch([index])
 
     def batch(self, indices: list[int], generator: torch.Generator | None = None) -> dict[str, Any]:
         """Some nodes with their sequences."""
@@ -838,39 +818,6 @@ def half_split(y: Tensor, seed: int) -> dict[str, Tensor]:
 # ---- public layouts --------------------------------------------------------------------------------------------------
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Tensors, arrays, sparse matrices, lists and dictionaries; nothing else is looked up, so nothing else can run.
-
-    (torch's own with ``weights_only`` does not know protocol 4, in which the authors' script saves.)
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        table = _allowed() | {("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2}
-        found = table.get((module, name))
-        if found is None:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no file of tensors needs")
-        return found
-
-
-def _tensor_file(path: Path) -> Any:
-    """What a torch file holds; sparse matrices as `_Csr`.
-
-    Raises:
-        ZooError: if it is none, or holds more than `_TensorUnpickler` reads.
-    """
-
-    def load(stream: Any, **options: Any) -> Any:  # files of the old format begin with several pickles
-        return _TensorUnpickler(stream, **options).load()
-
-    reader = types.ModuleType("reader")  # in place of pickle
-    reader.Unpickler, reader.load = _TensorUnpickler, load  # type: ignore[attr-defined]
-    try:
-        return torch.load(path, map_location="cpu", pickle_module=reader, weights_only=False)
-    except Exception as error:
-        text = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ZooError(f"{path} cannot be read as a file of tensors: {text[:200]}") from error
-
-
 def read_prepared(path: Path, hops: int = 2) -> Graph:
     """The authors' ``NAME_sample_node_len_K.pt``: [sequences, X, averages (n, 3, f), adjacency, labels, three splits],
     from the adjacency on as far as there; or ogbn-papers100M's dictionary, whose averages are in a file of their own.
@@ -878,7 +825,7 @@ def read_prepared(path: Path, hops: int = 2) -> Graph:
     Raises:
         ZooError: if it holds something else.
     """
-    content = _tensor_file(path)
+    content = tensor_file(path)
     graph: Graph = {}
     try:
         if isinstance(content, dict):
@@ -886,16 +833,13 @@ def read_prepared(path: Path, hops: int = 2) -> Graph:
             other = path.with_name(path.name.replace(".pt", "_hop2token_feats.pt"))
             if not other.is_file():
                 raise FileNotFoundError(f"{other} is missing: expected the averages that belong to {path.name}.")
-            parts.append(_tensor_file(other))
+            parts.append(tensor_file(other))
             graph["y"] = torch.as_tensor(content["label"]).flatten().nan_to_num(nan=-1).long()
             splits = [content["split_idx"][key] for key in ("train", "valid", "test")]
         else:
             parts = list(content[:3])
-            if len(content) > 3 and isinstance(content[3], _Csr):
-                matrix = content[3].__dict__
-                indptr, indices = (torch.as_tensor(matrix[key]).long() for key in ("indptr", "indices"))
-                source = torch.repeat_interleave(torch.arange(len(indptr) - 1), indptr.diff())
-                graph["edge_index"] = torch.stack((source, indices))
+            if len(content) > 3 and isinstance(content[3], Matrix):
+                graph["edge_index"] = torch.from_numpy(np.stack(content[3].places()[:2]))
             splits = list(content[5:8])
             labels = torch.as_tensor(content[4]) if len(content) > 4 else None
             if labels is not None and labels.ndim == 2 and len(labels) == len(parts[1]):
@@ -943,27 +887,3 @@ def read_patents(path: Path) -> Graph:
     except Exception as error:
         raise ZooError(f"{path} does not hold snap-patents: {error}") from error
     return {"x": x, "edge_index": edges, "y": quantile_labels(years)}
-
-
-def read_ogb(name: str, root: Path) -> Graph:
-    """A node property set of the Open Graph Benchmark, through its own package; edges as it gives them, both ways.
-
-    Raises:
-        ImportError: where the package is missing.
-    """
-    try:
-        from ogb.nodeproppred import NodePropPredDataset
-    except ImportError as error:
-        raise ImportError(f"{name} is read by its own package: pip install ogb.") from error
-    dataset = NodePropPredDataset(name=name, root=str(root))
-    content, labels = dataset[0]
-    y = np.asarray(labels, dtype=np.float64).reshape(len(labels), -1)[:, 0]
-    graph: Graph = {
-        "x": torch.from_numpy(np.asarray(content["node_feat"], dtype=np.float32)),
-        "edge_index": torch.from_numpy(np.asarray(content["edge_index"], dtype=np.int64)),
-        "y": torch.from_numpy(np.where(np.isnan(y), -1, y).astype(np.int64)),
-    }
-    for key, part in (("train_mask", "train"), ("val_mask", "valid"), ("test_mask", "test")):
-        graph[key] = torch.zeros(len(y), dtype=torch.bool)
-        graph[key][torch.from_numpy(np.asarray(dataset.get_idx_split()[part]))] = True
-    return graph

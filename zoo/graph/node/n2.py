@@ -29,7 +29,6 @@ state, d width of a feature, c classes.
 """
 
 import contextlib
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -101,46 +100,6 @@ class Members:
         if self.batch is None:
             return x.sum(0, keepdim=True)
         return x.new_zeros(self.graphs, x.shape[1]).index_add(0, self.batch, x)
-
-
-class Propagation:
-    """A x and A^T x for the normalised adjacency A, with gradients that need no transposing on the way."""
-
-    def __init__(self, adjacency: Adjacency):
-        self.adjacency = adjacency
-        self.matrices: tuple[Tensor, Tensor] | None = None
-        if tracing(adjacency.weight):
-            return
-        place, size = torch.stack((adjacency.target, adjacency.source)), (adjacency.nodes, adjacency.nodes)
-        there = torch.sparse_coo_tensor(place, adjacency.weight, size, check_invariants=False).coalesce()
-        back = there.t().coalesce()
-        same = torch.equal(there.indices(), back.indices()) and torch.equal(there.values(), back.values())
-        with warnings.catch_warnings():  # "beta state"
-            warnings.simplefilter("ignore", UserWarning)
-            rows = there.to_sparse_csr()
-            self.matrices = (rows, rows if same else back.to_sparse_csr())
-
-    def __call__(self, x: Tensor, transposed: bool = False) -> Tensor:
-        """Shapes: x (n, w); returns (n, w)."""
-        if self.matrices is None:  # dense operations only: exportable, and shapes are enough for them
-            a = self.adjacency
-            source, target = (a.target, a.source) if transposed else (a.source, a.target)
-            return torch.zeros_like(x).index_add(0, target, x[source] * a.weight[:, None].to(x.dtype))
-        there, back = self.matrices[::-1] if transposed else self.matrices
-        return _SparseProduct.apply(x, there, back)
-
-
-class _SparseProduct(torch.autograd.Function):
-    """A x with gradient A^T g; torch's own would transpose and sort A again in every backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
-        ctx.there, ctx.back = there, back
-        return there @ x.contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _SparseProduct.apply(gradient, ctx.back, ctx.there), None, None
 
 
 # ---- pathways --------------------------------------------------------------------------------------------------------
@@ -251,7 +210,7 @@ class Recurrence(nn.Module):
         self.pseudo_norm, self.pseudo_norm_again = nn.LayerNorm(state), nn.LayerNorm(state)
 
     def forward(
-        self, f: Tensor, s: Tensor, p: Tensor, paths: Propagation, members: Members, last: str | None = None
+        self, f: Tensor, s: Tensor, p: Tensor, paths: Adjacency, members: Members, last: str | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Args: last: "node" or "graph" in the last step, where only s or only p is wanted."""
         to_f, to_i, to_s = self.local.weight.split(self.sizes, 1)
@@ -268,11 +227,11 @@ class Recurrence(nn.Module):
             z = z + members.apply(limited, view @ to_i.t())
 
         # A ([f | i | s] W) for (A [f | i | s]) W: the same, with a sparse product only q wide.
-        h = self.local_norm(s + activate(paths(z) + self.local.bias, self.p, self.training))
+        h = self.local_norm(s + activate(paths @ z + self.local.bias, self.p, self.training))
 
         if self.pseudo:
             mixed = self.collect_again.mix(p)
-            back = paths(h, transposed=True)  # h^T A x = (A^T h)^T x
+            back = paths.back(h)  # h^T A x = (A^T h)^T x
             parts = [members.outer(back, f), members.outer(back, limited) @ view, members.outer(back, s)]
             gathered = self._gather(mixed, members.sum(h), torch.cat(parts, -1), members)
             displacement, value = self.communicator_again(p, torch.cat((gathered, insight), -1))
@@ -454,7 +413,7 @@ class N2(SupervisedGNN):
 
     def prepare(
         self, x: Tensor, edge_index: Tensor, batch: Tensor | None, edge_attr: Tensor | None
-    ) -> tuple[Tensor | SparseRows, Propagation, Members]:
+    ) -> tuple[Tensor | SparseRows, Adjacency, Members]:
         """What follows from the graphs alone: inputs with summed edge features, A, the graphs' members."""
         if not tracing(x):
             check_batch_index(batch, len(x))
@@ -467,8 +426,7 @@ class N2(SupervisedGNN):
                 total = total + (~looped)[:, None].to(total.dtype)
             x = torch.cat((x, total.to(x.dtype)), dim=1)
         directed = edge_index.flip(0) if self.hparams.authors_direction else edge_index
-        adjacency = Adjacency(directed, len(x), self.classes.dtype)
-        return as_features(x), Propagation(adjacency), Members(batch, len(x))
+        return as_features(x), Adjacency(directed, len(x), self.classes.dtype), Members(batch, len(x))
 
     def _pooled(self, s: Tensor, p: Tensor, members: Members) -> Tensor:
         """One state a graph, (b, q)."""

@@ -3,7 +3,6 @@
 import csv
 import logging
 import math
-import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -16,6 +15,7 @@ from torch.utils.data import Dataset
 
 from zoo.core import ZooDataModule, ZooError, atomic_write
 from zoo.core.seeding import seed_from
+from zoo.data.plain import unpickle
 
 log = logging.getLogger(__name__)
 
@@ -245,7 +245,7 @@ class SkeletonActionDataModule(ZooDataModule):
         what = "2s-AGCN's prepared set (NTU: data_gen/ntu_gendata.py, Kinetics: kinetics_gendata.py)"
         data = self.need(f"{split}_data_joint.npy", expected=what, get="https://github.com/lshiwjx/2s-AGCN")
         label_path = self.need(f"{split}_label.pkl", expected=what)
-        content = load_pickle(label_path)
+        content = unpickle(label_path)
         skeleton = np.load(data, mmap_mode="r")
         joints = LAYOUTS[self.hparams.layout].joints
         if not (isinstance(content, (tuple, list)) and len(content) == 2 and len(content[0]) == len(content[1])):
@@ -267,7 +267,7 @@ class SkeletonActionDataModule(ZooDataModule):
                 expected="DD-Net's JHMDB",
                 get="https://github.com/fandulu/DD-Net",
             )
-            content = load_pickle(path)
+            content = unpickle(path)
             if not isinstance(content, dict) or not {"pose", "label"} <= content.keys():
                 raise ZooError(f"{path.name} holds no dictionary with pose and label.")
             clips[part], labels[part] = content["pose"], [str(v) for v in content["label"]]
@@ -346,34 +346,6 @@ class _Rows:
 # ---- files ------------------------------------------------------------------------------------------------------
 
 SUFFIXES = (".npy", ".npz", ".csv", ".skeleton")
-
-
-class _Plain(pickle.Unpickler):
-    """Reads lists, dictionaries, strings, numbers and numpy arrays, and refuses everything that could run code."""
-
-    ALLOWED: ClassVar[set[tuple[str, str]]] = {
-        (module, name)
-        for module in ("numpy.core.multiarray", "numpy._core.multiarray", "numpy")
-        for name in ("_reconstruct", "scalar", "ndarray", "dtype")
-    } | {("_codecs", "encode")}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.ALLOWED:
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def load_pickle(path: Path) -> Any:
-    """The plain content of a pickle, of Python 2 or 3, without running anything in it.
-
-    Raises:
-        ZooError: if it is damaged, or holds more than plain values and arrays.
-    """
-    try:
-        with open(path, "rb") as stream:
-            return _Plain(stream, encoding="latin1").load()
-    except Exception as error:
-        raise ZooError(f"{path.name} is no pickle of plain values and arrays: {str(error)[:120]}.") from error
 
 
 def read_clip(path: Path, joints: int) -> Tensor:

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from zoo.core import ZooDataModule, ZooError, atomic_write
-from zoo.core.datamodule import _identity, _Loader, _Order, _Seeded
+from zoo.core.datamodule import Items, _identity, _Loader, _Order, _Seeded
 from zoo.core.seeding import seed_from
+from zoo.data.pictures import Pictures, PictureSet, fit, open_picture, read_pictures
 from zoo.engines.federated.schedule import sample_clients
 
 PARTITIONS = ("dirichlet", "classes", "shards", "quantity", "iid", "natural")
@@ -31,8 +32,10 @@ class FederatedClassificationDataModule(ZooDataModule):
 
     root=None: the 8 x 8 digits of scikit-learn, a fifth of them for testing.
 
-    root=DIR: DIR/*.npz with x_train, y_train, x_test, y_test (pictures (n, h, w) or (n, h, w, c) uint8, or vectors
-    (n, d)), or DIR/{train,test}/<class>/<picture>, or DIR/client_<x>/<class>/<picture> (a site each).
+    root=DIR: DIR/<name>.npz with x_train, y_train, x_test, y_test (pictures (n, h, w) or (n, h, w, c) as bytes, or
+    vectors (n, d); several files are a site each); cifar-10-batches-py/ or cifar-100-python/; MNIST/raw/ or
+    FashionMNIST/raw/ with idx files; {train,test}_32x32.mat (SVHN); {train,test}/<class>/<picture>; or
+    client_<x>/<class>/<picture>, a site each, with test/<class>/<picture> or else a fifth of each site's for testing.
 
     Args:
         clients: how many there are; None takes the sites of a set that has them.
@@ -52,6 +55,9 @@ class FederatedClassificationDataModule(ZooDataModule):
             "classes" (all test samples of its classes), or "none".
         test_per_client: test samples of each client with "proportional".
         per_class: training samples of each class at most, drawn by the seed; None = all.
+        shifts: what sets clients' pictures apart, given to clients in turn: "none", "invert", "rotate:30" (degrees),
+            "scale:0.6" (contrast), "noise:0.1". A client is tested on pictures like its own, the server on all kinds.
+        image_size: side that pictures are resized to. channels: 1 or 3; None keeps both as they are.
     Raises:
         FileNotFoundError: if a piece of the layout is missing.
         ZooError: if the samples cannot be divided as asked.
@@ -81,6 +87,9 @@ class FederatedClassificationDataModule(ZooDataModule):
         test: str = "proportional",
         test_per_client: int = 100,
         per_class: int | None = None,
+        shifts: list[str] = [],  # noqa: B006 (read only; the command knows no tuple)
+        image_size: int | None = None,
+        channels: int | None = None,
     ):
         super().__init__(root, batch_size, num_workers, seed)
         self.save_hyperparameters()
@@ -95,6 +104,9 @@ class FederatedClassificationDataModule(ZooDataModule):
         if alpha <= 0 or rounds < 1 or min_size < 1 or not 0 <= val < 1:
             raise ValueError(f"alpha={alpha}, rounds={rounds}, min_size={min_size}, val={val}: out of range.")
         self.class_names: list[str] = []
+        self.shape: list[int] = []
+        self.sites: list[str] = []
+        self.site_of: list[int] = []
         self.shares: list[Tensor] = []
 
     def describe(self) -> dict[str, Any]:
@@ -121,7 +133,6 @@ class FederatedClassificationDataModule(ZooDataModule):
         found.class_names, found.shape = [str(n) for n in names], [int(s) for s in shape]
         return found
 
-    shape: list[int] = []
     images: Tensor
     labels: Tensor
 
@@ -130,26 +141,38 @@ class FederatedClassificationDataModule(ZooDataModule):
     def build(self) -> dict[str, Dataset]:
         hp = self.hparams
         if self.root is None:
-            train, test, names, sites = _digits(self.seed)
+            found = _digits(self.seed)
+            for part in (found.train, found.test):
+                part.image = fit(part.image, hp.image_size, hp.channels)
         else:
-            train, test, names, sites = self._read_root(self.root)
-        self.class_names, self.shape = names, list(train[0].shape[1:])
-        if len(train[0]) == 0 or len(test[0]) == 0:
-            raise ZooError(f"{self.root} holds {len(train[0])} training and {len(test[0])} test pictures; need both.")
-        keep = torch.arange(len(train[0]))
+            found = read_pictures(self.root, hp.image_size, hp.channels)
+        train, test = found.train, found.test
+        self.class_names, self.shape, self.sites = found.classes, list(train.image.shape[1:]), found.sites
+        if not len(train) or not len(test):
+            raise ZooError(f"{self.root} holds {len(train)} training and {len(test)} test pictures; need both.")
+        keep = torch.arange(len(train))
         if hp.per_class is not None or hp.long_tail < 1:
-            keep = self._thin(train[1])
+            keep = self._thin(train.label)
         order = keep[torch.randperm(len(keep), generator=self._draws("val"))]
         held = order[: round(hp.val * len(order))]
         pool = order[len(held) :].sort().values
-        self.images, self.labels = train
-        self.shares = self._divide(pool, sites)
+        self.images, self.labels = train.image, train.label
+        self.shares = self._divide(pool, train.site)
         self.labels = self._noisy(self.labels)
-        rounds = _Rounds(self)
-        sets: dict[str, Dataset] = {"train": rounds, "test": _Scored(self, *test, "test")}
+        if hp.shifts:
+            self.images = self.images.clone()
+            for client, own in enumerate(self.shares):
+                self.images[own] = self._shifted(self.images[own], client)
+        sets: dict[str, Dataset] = {"train": _Rounds(self), "test": _Scored(self, test, "test")}
         if len(held):
-            sets["val"] = _Scored(self, train[0][held], train[1][held], "val")
+            site = None if train.site is None else train.site[held]
+            sets["val"] = _Scored(self, Pictures(train.image[held], train.label[held], site), "val")
         return sets
+
+    def _shifted(self, images: Tensor, client: int) -> Tensor:
+        """Pictures as this client sees them."""
+        kinds = self.hparams.shifts
+        return shift(images, kinds[client % len(kinds)], self._draws("shift", client)) if kinds else images
 
     def _draws(self, *words: object) -> torch.Generator:
         return torch.Generator().manual_seed(seed_from(self.seed, *words))
@@ -165,21 +188,29 @@ class FederatedClassificationDataModule(ZooDataModule):
             kept.append(where[torch.randperm(len(where), generator=self._draws("thin", label))[:wanted]])
         return torch.cat(kept)
 
-    def _divide(self, pool: Tensor, sites: Sequence[str] | None) -> list[Tensor]:
+    def _divide(self, pool: Tensor, site: Tensor | None) -> list[Tensor]:
         hp = self.hparams
         file = None if hp.partition_file is None else Path(hp.partition_file)
         if file is not None and file.is_file():
             return self._read_partition(file)
         if hp.partition == "natural":
-            if sites is None:
-                raise ZooError("partition='natural' needs a set with sites: DIR/client_<x>/<class>/<picture>.")
-            names = sorted(set(sites))
-            place = torch.tensor([names.index(site) for site in sites])
-            shares = [pool[place[pool] == i] for i in range(len(names))]
+            if site is None:
+                raise ZooError(
+                    "partition='natural' needs a set with sites: client_<x>/ folders, or several .npz files."
+                )
+            shares = [pool[site[pool] == i] for i in range(len(self.sites))]
+            self.site_of = list(range(len(self.sites)))
         else:
-            clients = hp.clients or (len(set(sites)) if sites else 10)
-            shares = divide(self.labels[pool], clients, hp, len(self.class_names), self._draws)
-            shares = [pool[share] for share in shares]
+            clients = hp.clients or len(self.sites) or 10
+            self.site_of = [client % max(len(self.sites), 1) for client in range(clients)]
+            groups = [pool] if site is None else [pool[site[pool] == i] for i in range(len(self.sites))]
+            shares = [torch.zeros(0, dtype=torch.long)] * clients
+            for i, group in enumerate(groups):  # the clients of a site divide what it has
+                own = [client for client in range(clients) if self.site_of[client] == i]
+                if own:
+                    found = divide(self.labels[group], len(own), hp, len(self.class_names), self._draws)
+                    for client, share in zip(own, found, strict=True):
+                        shares[client] = group[share]
         empty = [i for i, share in enumerate(shares) if len(share) == 0]
         if empty:
             raise ZooError(f"Client {empty[0]} has no samples; leave it out, or ask for fewer clients.")
@@ -219,34 +250,23 @@ class FederatedClassificationDataModule(ZooDataModule):
         found = {"image": self.images[rows], "label": self.labels[rows]}
         return {**found, "client": list(clients), "size": [len(self.shares[client]) for client in clients]}
 
-    # ---- files --------------------------------------------------------------------------------------------------
-
-    def _read_root(self, root: Path) -> tuple[Any, Any, list[str], list[str] | None]:
-        packed = sorted(root.glob("*.npz"))
-        if packed:
-            return _packed(packed[0])
-        sites = sorted(p for p in root.glob("client_*") if p.is_dir())
-        raise FileNotFoundError(f"{root} has neither a .npz file nor folders: expected {self.layout()} {len(sites)}")
+    # ---- a user's own files -------------------------------------------------------------------------------------
 
     def read(self, path: Path) -> Dataset:
         """Pictures, or folders of them, in the size that the checkpoint was trained with."""
-        from PIL import Image
-
         if not self.shape:
             self.setup("fit")
-        channels, height, width = self.shape
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        channels, side, _ = self.shape
         items = []
-        for file in files:
+        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
             try:
-                with Image.open(file) as image:
-                    picture = image.convert("L" if channels == 1 else "RGB").resize((width, height))
-            except (OSError, ValueError) as error:
+                image = open_picture(file, side, channels)
+            except ZooError as error:
                 self.skip(file, error)
                 continue
-            array = np.asarray(picture, dtype=np.uint8).reshape(height, width, channels)
-            items.append({"image": torch.from_numpy(array.transpose(2, 0, 1).copy()), "name": file.name})
-        return _Items(items)
+            name = str(file.relative_to(path)) if path.is_dir() else file.name
+            items.append({"image": image, "name": name})
+        return Items(items)
 
     def write(self, predictions: Iterable[dict[str, Any]], path: Path) -> list[Path]:
         """``predictions.csv``: name, class and probability of each picture."""
@@ -275,22 +295,9 @@ class FederatedClassificationDataModule(ZooDataModule):
     def predict_dataloader(self) -> "DataLoader[Any]":
         if "predict" not in self._sets:
             self.setup()
-            test: Any = self.dataset("test")
-            self._sets["predict"] = _Items(
-                [{"image": image, "name": f"{i:05d}"} for i, image in enumerate(test.images[:256])]
-            )
+            first = self.dataset("test").pictures.image[:256]  # type: ignore[attr-defined]
+            self._sets["predict"] = Items([{"image": image, "name": f"{i:05d}"} for i, image in enumerate(first)])
         return super().predict_dataloader()
-
-
-class _Items(Dataset):
-    def __init__(self, items: list[dict[str, Any]]):
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.items[index]
 
 
 class _Rounds(Dataset):
@@ -312,24 +319,57 @@ class _Rounds(Dataset):
 class _Scored(Dataset):
     """Sets to score: the server's own, then each client's."""
 
-    def __init__(self, data: FederatedClassificationDataModule, images: Tensor, labels: Tensor, split: str):
-        self.images, self.labels = images, labels
-        self.sets = [(-1, torch.arange(len(images)))]
+    def __init__(self, data: FederatedClassificationDataModule, pictures: Pictures, split: str):
+        self.data, self.pictures = data, pictures
+        self.sets = [(-1, torch.arange(len(pictures)))]
         hp = data.hparams
         for client, own in enumerate(data.shares if hp.test != "none" else ()):
             counts = torch.bincount(data.labels[own], minlength=len(data.class_names))
-            found = local_test(labels, counts, hp.test, hp.test_per_client, data._draws(split, client))
+            of_site = torch.arange(len(pictures))
+            if pictures.site is not None:  # pictures of no site are everybody's
+                of_site = ((pictures.site == data.site_of[client]) | (pictures.site < 0)).nonzero().flatten()
+            found = local_test(pictures.label[of_site], counts, hp.test, hp.test_per_client, data._draws(split, client))
             if len(found):
-                self.sets.append((client, found))
+                self.sets.append((client, of_site[found]))
 
     def __len__(self) -> int:
         return len(self.sets)
 
     def batch(self, indices: list[int], generator: torch.Generator) -> dict[str, Any]:
-        chosen = [self.sets[index] for index in indices]
-        rows = torch.cat([own for _, own in chosen])
-        sizes = {"client": [client for client, _ in chosen], "size": [len(own) for _, own in chosen]}
-        return {"image": self.images[rows], "label": self.labels[rows], **sizes}
+        client, rows = self.sets[indices[0]]
+        image, kinds = self.pictures.image[rows], len(self.data.hparams.shifts)
+        if client >= 0:
+            image = self.data._shifted(image, client)
+        elif kinds:  # the server's set holds every kind in turn
+            image = torch.stack([self.data._shifted(one[None], i % kinds)[0] for i, one in enumerate(image)])
+        return {"image": image, "label": self.pictures.label[rows], "client": [client], "size": [len(rows)]}
+
+
+def shift(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
+    """Pictures of another look: "none", "invert", "rotate:DEGREES", "scale:CONTRAST", "noise:STD" (of [0, 1]).
+
+    Shapes:
+        images: (n, c, h, w) uint8; returns: the same
+    Raises:
+        ZooError: for another word.
+    """
+    name, _, value = kind.partition(":")
+    x = images.float() / 255
+    if name == "none":
+        return images
+    if name == "invert":
+        x = 1 - x
+    elif name == "rotate":
+        from torchvision.transforms.v2 import functional as tf
+
+        x = tf.rotate(x, float(value), interpolation=tf.InterpolationMode.BILINEAR)
+    elif name == "scale":
+        x = x * float(value)
+    elif name == "noise":
+        x = x + float(value) * torch.randn(x.shape, generator=generator)
+    else:
+        raise ZooError(f"No shift {kind!r}; there are none, invert, rotate:DEGREES, scale:CONTRAST and noise:STD.")
+    return (255 * x.clamp(0, 1)).round().to(torch.uint8)
 
 
 # ---- dividing -------------------------------------------------------------------------------------------------------
@@ -436,7 +476,7 @@ def local_test(labels: Tensor, counts: Tensor, kind: str, size: int, generator: 
 # ---- sets -----------------------------------------------------------------------------------------------------------
 
 
-def _digits(seed: int) -> tuple[Any, Any, list[str], None]:
+def _digits(seed: int) -> PictureSet:
     """scikit-learn's digits, 16 grey levels as bytes; a fifth of each class for testing."""
     from sklearn.datasets import load_digits
 
@@ -448,44 +488,5 @@ def _digits(seed: int) -> tuple[Any, Any, list[str], None]:
         where = (labels == label).nonzero().flatten()
         order = torch.randperm(len(where), generator=torch.Generator().manual_seed(seed_from(seed, "digits", label)))
         test[where[order[: len(where) // 5]]] = True
-    return (images[~test], labels[~test]), (images[test], labels[test]), [str(i) for i in range(10)], None
-
-
-def _packed(file: Path) -> tuple[Any, Any, list[str], None]:
-    """``x_train``, ``y_train``, ``x_test``, ``y_test`` of a .npz file.
-
-    Raises:
-        ZooError: if the file cannot be read, or an array is missing or misshapen.
-    """
-    keys = ("x_train", "y_train", "x_test", "y_test")
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            missing = [key for key in keys if key not in archive]
-            if missing:
-                raise ZooError(f"{file} has no array {missing[0]!r}; expected {', '.join(keys)}.")
-            arrays = {key: archive[key] for key in keys}
-            names = [str(n) for n in archive["classes"]] if "classes" in archive else None
-    except (OSError, ValueError) as error:
-        raise ZooError(f"{file} cannot be read as a .npz of pictures: {str(error).splitlines()[0]}") from error
-    pairs = [_pictures(file, arrays[f"x_{s}"], arrays[f"y_{s}"]) for s in ("train", "test")]
-    classes = int(max(pair[1].max() for pair in pairs)) + 1
-    return pairs[0], pairs[1], names or [str(i) for i in range(classes)], None
-
-
-def _pictures(file: Path, x: np.ndarray, y: np.ndarray) -> tuple[Tensor, Tensor]:
-    y = y.reshape(-1)
-    if len(x) != len(y) or not np.issubdtype(y.dtype, np.integer) or (len(y) and y.min() < 0):
-        raise ZooError(f"{file}: {len(x)} pictures and {len(y)} labels of type {y.dtype}; expected as many, from 0.")
-    if x.ndim == 2:
-        x = x[:, :, None, None]
-    elif x.ndim == 3:
-        x = x[:, None]
-    elif x.ndim == 4:
-        x = x.transpose(0, 3, 1, 2)
-    else:
-        raise ZooError(f"{file}: pictures have shape {x.shape}; expected (n, h, w), (n, h, w, c) or (n, d).")
-    if x.dtype != np.uint8:
-        x = x.astype(np.float32)
-        if not np.isfinite(x).all():
-            raise ZooError(f"{file} holds values that are NaN or infinite.")
-    return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(y.astype(np.int64))
+    parts = [Pictures(images[rows], labels[rows]) for rows in (~test, test)]
+    return PictureSet(parts[0], parts[1], [str(i) for i in range(10)])

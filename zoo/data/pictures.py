@@ -1,0 +1,280 @@
+"""Sets of labelled pictures on disk, in the layouts that they are published in, as arrays of bytes.
+
+Index legend: n pictures, c channels, h/w height and width, k classes.
+"""
+
+import gzip
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zoo.core import ZooError
+from zoo.data.plain import load_npz, unpickle
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+LAYOUT = """<name>.npz with x_train, y_train, x_test, y_test (one file a site, where there are several);
+cifar-10-batches-py/ or cifar-100-python/; MNIST/raw/ or FashionMNIST/raw/ with idx files, gzipped or not;
+train_32x32.mat and test_32x32.mat (SVHN); {train,test}/<class>/<picture>; or client_<x>/<class>/<picture>,
+a site each, with or without test/<class>/<picture>"""
+
+
+@dataclass
+class Pictures:
+    """A part of a set: pictures (n, c, h, w), uint8 or for vectors float, labels (n,), and the site of each."""
+
+    image: Tensor
+    label: Tensor
+    site: Tensor | None = None
+    """(n,) long, index into ``sites``."""
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+@dataclass
+class PictureSet:
+    """Training and test part, names of the classes, and of the sites where the set has them."""
+
+    train: Pictures
+    test: Pictures
+    classes: list[str]
+    sites: list[str] = field(default_factory=list)
+
+
+def read_pictures(root: Path, image_size: int | None = None, channels: int | None = None) -> PictureSet:
+    """The set in a folder, whichever of the layouts it has.
+
+    Args:
+        root: folder. image_size: side that pictures are resized to; None keeps them, which must then be alike.
+        channels: 1 or 3; None keeps them: a grey picture among coloured ones gets three equal channels.
+    Raises:
+        FileNotFoundError: if none of the layouts is there, naming them.
+        ZooError: for a file that cannot be read, or pictures of different sizes.
+    """
+    packed = sorted(root.glob("*.npz"))
+    if packed:
+        found = _npz(packed)
+    elif (root / "cifar-10-batches-py").is_dir() or (root / "cifar-100-python").is_dir():
+        found = [_cifar(root)]
+    elif (idx := _idx_folder(root)) is not None:
+        found = [_idx(idx)]
+    elif (root / "train_32x32.mat").is_file():
+        found = [_svhn(root)]
+    elif (root / "train").is_dir() or any(root.glob("client_*/")):
+        return _folders(root, image_size, channels)
+    else:
+        raise FileNotFoundError(f"{root} holds no set of pictures: expected {' '.join(LAYOUT.split())}.")
+    sets = [_alike(one, image_size, channels) for one in found]
+    shapes = {tuple(part.image.shape[1:]) for one in sets for part in (one.train, one.test)}
+    if len(shapes) > 1:
+        wide = max(shape[0] for shape in shapes)
+        side = image_size or max(shape[1] for shape in shapes)
+        sets = [_alike(one, side, channels or wide) for one in sets]
+    if len(sets) == 1:
+        return sets[0]
+    return _joined(sets, [file.stem for file in packed])
+
+
+def _joined(sets: list[PictureSet], sites: list[str]) -> PictureSet:
+    parts = []
+    for split in ("train", "test"):
+        own = [getattr(one, split) for one in sets]
+        site = torch.cat([torch.full_like(part.label, i) for i, part in enumerate(own)])
+        parts.append(Pictures(torch.cat([p.image for p in own]), torch.cat([p.label for p in own]), site))
+    most = max((one.classes for one in sets), key=len)
+    return PictureSet(parts[0], parts[1], most, sites)
+
+
+def _alike(found: PictureSet, side: int | None, channels: int | None) -> PictureSet:
+    for part in (found.train, found.test):
+        part.image = fit(part.image, side, channels)
+    return found
+
+
+def fit(image: Tensor, side: int | None, channels: int | None) -> Tensor:
+    """Pictures with that side (area averages where they shrink, else bilinear) and that many channels.
+
+    Shapes:
+        image: (n, c, h, w) uint8; returns: (n, channels, side, side) uint8
+    """
+    if side is not None and tuple(image.shape[2:]) != (side, side):
+        mode = {"mode": "area"} if side < image.shape[2] else {"mode": "bilinear", "align_corners": False}
+        pieces = [F.interpolate(piece.float(), (side, side), **mode) for piece in image.split(4096)]  # type: ignore[arg-type]
+        image = torch.cat([piece.round().clamp(0, 255).to(image.dtype) for piece in pieces])
+    if channels == 3 and image.shape[1] == 1:
+        image = image.expand(-1, 3, -1, -1).contiguous()
+    elif channels == 1 and image.shape[1] == 3:
+        grey = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+        image = (image.float() * grey).sum(1, keepdim=True).round().to(image.dtype)
+    elif channels is not None and image.shape[1] != channels:
+        raise ZooError(f"Pictures have {image.shape[1]} channels, not {channels}.")
+    return image
+
+
+# ---- layouts --------------------------------------------------------------------------------------------------------
+
+
+def _npz(files: list[Path]) -> list[PictureSet]:
+    found = []
+    for file in files:
+        arrays = load_npz(file, ("x_train", "y_train", "x_test", "y_test"))
+        train, test = (_arrays(file, arrays[f"x_{part}"], arrays[f"y_{part}"]) for part in ("train", "test"))
+        names = [str(name) for name in arrays["classes"]] if "classes" in arrays else _numbers(train, test)
+        found.append(PictureSet(train, test, names))
+    return found
+
+
+def _numbers(*parts: Pictures) -> list[str]:
+    return [str(i) for i in range(max(int(part.label.max()) for part in parts if len(part)) + 1)]
+
+
+def _arrays(file: Path, x: np.ndarray, y: np.ndarray) -> Pictures:
+    y = y.reshape(-1)
+    if len(x) != len(y) or not np.issubdtype(y.dtype, np.integer) or (len(y) and y.min() < 0):
+        raise ZooError(f"{file}: {len(x)} pictures and {len(y)} labels of type {y.dtype}; expected as many, from 0.")
+    shapes = {2: (0, 1, None, None), 3: (0, None, 1, 2), 4: (0, 3, 1, 2)}
+    if x.ndim not in shapes:
+        raise ZooError(f"{file}: pictures have shape {x.shape}; expected (n, h, w), (n, h, w, c), or (n, d) vectors.")
+    x = np.expand_dims(x, 1) if x.ndim == 3 else x[:, :, None, None] if x.ndim == 2 else x.transpose(0, 3, 1, 2)
+    if x.dtype != np.uint8:
+        x = x.astype(np.float32)
+        if not np.isfinite(x).all():
+            raise ZooError(f"{file} holds values that are NaN or infinite.")
+        if x.shape[2] > 1 and len(x) and (x.min() < 0 or x.max() > 1):
+            raise ZooError(f"{file}: pictures lie in [{x.min():g}, {x.max():g}]; expected bytes, or floats in [0, 1].")
+    return Pictures(torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(y.astype(np.int64)))
+
+
+def _cifar(root: Path) -> PictureSet:
+    """The "python version" of CIFAR-10 or CIFAR-100, one pickle a batch: data (n, 3072) and labels."""
+    ten = root / "cifar-10-batches-py"
+    folder = ten if ten.is_dir() else root / "cifar-100-python"
+    train = sorted(folder.glob("data_batch_*")) if folder is ten else [folder / "train"]
+    test = [folder / ("test_batch" if folder is ten else "test")]
+    meta, key = ("batches.meta", "label_names") if folder is ten else ("meta", "fine_label_names")
+    label = "labels" if folder is ten else "fine_labels"
+    parts = []
+    for files in (train, test):
+        missing = [file for file in files if not file.is_file()] or ([folder / "data_batch_1"] if not files else [])
+        if missing:
+            raise FileNotFoundError(f"{missing[0]} is missing: expected the python version of CIFAR, unpacked.")
+        images, labels = [], []
+        for file in files:
+            batch = unpickle(file)
+            if not isinstance(batch, dict) or not {"data", label} <= batch.keys():
+                raise ZooError(f"{file} holds no CIFAR batch: expected a dictionary with 'data' and {label!r}.")
+            images.append(np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32))
+            labels.append(np.asarray(batch[label], dtype=np.int64))
+        parts.append(Pictures(torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels))))
+    names = unpickle(folder / meta)[key] if (folder / meta).is_file() else _numbers(*parts)
+    return PictureSet(parts[0], parts[1], [str(name) for name in names])
+
+
+def _idx_folder(root: Path) -> Path | None:
+    places = [root, root / "raw", *sorted(root.glob("*/raw"))]
+    return next((p for p in places if any(p.glob("train-images*"))), None)
+
+
+def _idx(folder: Path) -> PictureSet:
+    """MNIST's four files: a magic number, the sizes, then bytes."""
+
+    def array(stem: str) -> np.ndarray:
+        files = sorted(folder.glob(f"{stem}*"), key=lambda p: p.suffix == ".gz")
+        if not files:
+            raise FileNotFoundError(f"{folder / stem}-ubyte is missing: expected the four idx files of the set.")
+        raw = files[0].read_bytes()
+        try:
+            raw = gzip.decompress(raw) if files[0].suffix == ".gz" else raw
+            zero, kind, dims = struct.unpack(">HBB", raw[:4])
+            shape = struct.unpack(f">{dims}I", raw[4 : 4 + 4 * dims])
+            if zero or kind != 8:
+                raise ValueError("no idx file of bytes")
+            return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
+        except (OSError, EOFError, ValueError, struct.error) as error:
+            raise ZooError(f"{files[0]} cannot be read as an idx file: {error}") from error
+
+    parts = []
+    for name in ("train", "t10k"):
+        parts.append(_arrays(folder, array(f"{name}-images").copy(), array(f"{name}-labels").copy()))
+    return PictureSet(parts[0], parts[1], _numbers(*parts))
+
+
+def _svhn(root: Path) -> PictureSet:
+    """Cropped digits of SVHN: X (32, 32, 3, n), y (n, 1) with 10 for the digit 0."""
+    from scipy.io import loadmat
+
+    parts = []
+    for name in ("train", "test"):
+        file = root / f"{name}_32x32.mat"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: expected train_32x32.mat and test_32x32.mat.")
+        try:
+            content = loadmat(file, variable_names=["X", "y"])
+            x, y = content["X"].transpose(3, 0, 1, 2), content["y"].reshape(-1).astype(np.int64) % 10
+        except Exception as error:
+            raise ZooError(f"{file} cannot be read as a MATLAB file with X and y: {error}") from error
+        parts.append(_arrays(file, x, y))
+    return PictureSet(parts[0], parts[1], [str(i) for i in range(10)])
+
+
+def _folders(root: Path, side: int | None, channels: int | None) -> PictureSet:
+    """Pictures in folders by class; without test/, the last fifth of each site's pictures of a class tests."""
+    sites = sorted(p for p in root.glob("client_*") if p.is_dir())
+    bases = sites or [root / "train"]
+    names = sorted({p.name for base in (*bases, root / "test") for p in base.glob("*/")})
+    if not names:
+        raise FileNotFoundError(f"{bases[0]} has no class folders: expected {bases[0]}/<class>/<picture>.")
+    rows: dict[str, list[tuple[Tensor, int, int]]] = {"train": [], "test": []}
+    for site, base in enumerate(bases):
+        for label, name in enumerate(names):
+            files = list(_files(base / name))
+            cut = len(files) if (root / "test").is_dir() else len(files) - len(files) // 5
+            for i, file in enumerate(files):
+                rows["train" if i < cut else "test"].append((open_picture(file, side, channels), label, site))
+    for label, name in enumerate(names):
+        for file in _files(root / "test" / name):
+            rows["test"].append((open_picture(file, side, channels), label, -1))
+    most = channels or max((image.shape[0] for part in rows.values() for image, *_ in part), default=1)
+    parts = []
+    for part in rows.values():
+        images = [fit(image[None], None, most)[0] for image, *_ in part]
+        shapes = {tuple(image.shape) for image in images}
+        if len(shapes) > 1:
+            raise ZooError(
+                f"{root} holds pictures of {len(shapes)} sizes ({sorted(shapes)[0][1:]}, ...): set image_size."
+            )
+        image = torch.stack(images) if images else torch.zeros(0, most, 1, 1, dtype=torch.uint8)
+        where = torch.tensor([site for *_, site in part], dtype=torch.long)
+        parts.append(Pictures(image, torch.tensor([y for _, y, _ in part], dtype=torch.long), where if sites else None))
+    return PictureSet(parts[0], parts[1], names, [site.name.removeprefix("client_") for site in sites])
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (p for p in sorted(folder.glob("*")) if p.suffix.lower() in SUFFIXES)
+
+
+def open_picture(file: Path, side: int | None = None, channels: int | None = None) -> Tensor:
+    """A picture file, turned as its EXIF data say, scaled to a square of ``side``: (c, h, w) uint8.
+
+    Raises:
+        ZooError: if it cannot be read.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as raw:
+            image = ImageOps.exif_transpose(raw)
+            grey = image.mode in ("1", "L", "I", "I;16", "F", "LA")
+            image = image.convert("L" if (grey if channels is None else channels == 1) else "RGB")
+            if side is not None:
+                image = image.resize((side, side), Image.Resampling.BILINEAR)
+            array = np.asarray(image, dtype=np.uint8)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ZooError(f"{file} cannot be read as a picture: {error}") from error
+    return torch.from_numpy(array.reshape(array.shape[0], array.shape[1], -1).transpose(2, 0, 1).copy())
