@@ -302,7 +302,7 @@ def speed(checkout: Path | None, device: str = "cpu") -> dict[str, dict]:
                 return net.eval()(batch.x.float(), batch.edge_index, batch.batch)
 
             rows["train_step"]["authors"], rows["predict"]["authors"] = other, infer
-        found |= {f"{row}_{paths}_photons": in_turns(calls, device, 7) for row, calls in rows.items()}
+        found |= {f"{row}_{paths}_photons": in_turns(calls, device, 15) for row, calls in rows.items()}
         simulator, many = OpticalSimulator(paths).to(device), _setups(1024, paths, 15).to(device)
         entry = in_turns({"ours": lambda s=simulator, m=many: s(m)}, device, 5)
         entry["ours_ms"] /= len(many)

@@ -482,6 +482,26 @@ def test_blanks_change_nothing(training: bool) -> None:
             assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_packed_attention_and_its_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [1, 1, 0, 0]]).bool()
+    adjacency = (torch.rand(3, 4, 4, generator=generator) < 0.5) & mask[:, :, None] & mask[:, None]
+    adjacency |= torch.eye(4, dtype=torch.bool)
+    flat = mask.flatten()
+    rows, places = flat.nonzero().squeeze(1), flat.cumsum(0) - 1
+    torch.manual_seed(0)
+    layer = dqs.GraphAttention(3, 2).double()
+    x = torch.randn(len(rows), 3, dtype=torch.float64, requires_grad=True)
+    grid = x.new_zeros(12, 3).index_copy(0, rows, x)
+    packed, whole = layer(x, rows, places, adjacency), layer(grid, None, None, adjacency)[rows]
+    assert torch.allclose(packed, whole, atol=1e-12)
+    inputs, toward = (x, *layer.parameters()), torch.randn_like(whole)
+    for a, b in zip(*(torch.autograd.grad(y, inputs, toward) for y in (packed, whole)), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+    projected = torch.randn(len(rows), 21, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda p: dqs._PackedAttention.apply(p, rows, places, adjacency, 2), projected)
+
+
 def test_losses_by_hand() -> None:
     predicted, qfi = torch.tensor([1.0, 3.0, 2.0]), torch.tensor([1.0, 1.0, 4.0])
     assert float(dqs.qfi_loss(predicted, qfi)) == pytest.approx((0 + 4 + 4) / 3)

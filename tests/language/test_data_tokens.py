@@ -9,7 +9,7 @@ import torch
 
 from zoo.core import ZooError
 from zoo.language.theory.attention_svm import AttentionSVM
-from zoo.language.theory.data_tokens import TokenSelectionDataModule, generate
+from zoo.language.theory.data_tokens import TokenSelectionDataModule, generate, load_problems
 
 
 def save(path: Path, seed: int = 0, **change) -> Path:
@@ -80,6 +80,33 @@ def test_broken_files_are_named(tmp_path: Path, change: dict, message: str) -> N
     save(tmp_path / "bad.npz", **change)
     with pytest.raises(ZooError, match=rf"bad\.npz.*{message}"):
         TokenSelectionDataModule(root=str(tmp_path)).setup()
+
+
+def test_other_files_are_told_apart_in_one_line(tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", np.ones((3, 4, 6)))
+    data = TokenSelectionDataModule()
+    with pytest.raises(ZooError) as caught:
+        load_problems(tmp_path / "tokens.npy")
+    assert str(caught.value) == (
+        "tokens.npy is a single array (.npy); expected an .npz of several: np.savez('tokens.npz', X=X, Z=Z, y=y, v=v)."
+    )
+    with pytest.raises(ZooError, match="tokens.npy.*is a single array"):  # as `zoo predict` reads it
+        list(data.from_files(tmp_path / "tokens.npy"))
+    with pytest.raises(FileNotFoundError, match=r"holds no \*\.npz"):
+        TokenSelectionDataModule(root=str(tmp_path)).setup()
+    save(tmp_path / "whole.npz")
+    whole = (tmp_path / "whole.npz").read_bytes()
+    for name, content, reason in (
+        ("text.npz", b"hello", "text.npz is no .npz of plain arrays"),
+        ("cut.npz", whole[: len(whole) // 2], "cut.npz is damaged; write it anew"),
+        ("empty.npz", b"", "empty.npz is damaged; write it anew"),
+        ("gone.npz", None, "gone.npz cannot be read: No such file"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ZooError, match=reason) as caught:
+            load_problems(tmp_path / name)
+        assert "pickle" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_root_needs_files_of_one_size_and_labels(tmp_path: Path) -> None:

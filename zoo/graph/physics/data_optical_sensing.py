@@ -781,8 +781,11 @@ def _read_npz(path: Path, angles: int) -> Part:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
-    except Exception as error:  # numpy's and zipfile's own classes
-        raise ZooError(f"{path.name} is no .npz of plain arrays: {str(error).splitlines()[0][:120]}") from error
+    except Exception as error:  # numpy's and zipfile's own classes, in words about pickles and context managers
+        raise ZooError(
+            f"{path.name} is no .npz of plain arrays, or is damaged; expected what np.savez(path, devices=devices, "
+            "qfi=qfi) writes."
+        ) from error
     devices = arrays.get("devices")
     if devices is None or devices.ndim != 3 or devices.shape[-1] != 4 or devices.dtype.kind not in "iu":
         raise ZooError(

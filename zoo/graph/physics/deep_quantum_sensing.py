@@ -101,6 +101,60 @@ class NodeNorm(nn.BatchNorm1d):
         return centred * torch.rsqrt(variance + self.eps) * self.weight + self.bias
 
 
+class _PackedAttention(torch.autograd.Function):
+    """Attention between nodes without blanks, averaged over heads, and the skip, from their common projection.
+
+    On a CPU this takes a third of the time of ``scaled_dot_product_attention`` between graphs of 20 nodes: queries,
+    keys and values stay where the projection put them, and so do their gradients.
+
+    Shapes:
+        projected: (rows, (3 h + 1) c), queries, keys, values, skip; rows, places, adjacency: see `GraphAttention`
+        returns: (rows, c) twice
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, projected: Tensor, rows: Tensor, places: Tensor, adjacency: Tensor, heads: int
+    ) -> tuple[Tensor, Tensor]:
+        b, n, _ = adjacency.shape
+        c = projected.shape[1] // (3 * heads + 1)
+        # nobody looks at blank places, whatever stands there
+        grid = projected[:, :-c].index_select(0, places).view(b, n, 3, heads, c)
+        q, k, v = grid.unbind(2)
+        weight = projected.new_empty(heads, b, n, n)
+        for h in range(heads):
+            torch.bmm(q[:, :, h], k[:, :, h].mT, out=weight[h])
+        weight.mul_(c**-0.5).masked_fill_(~adjacency, -torch.inf)
+        weight = torch.softmax(weight, -1)
+        out = torch.bmm(weight[0], v[:, :, 0])
+        for h in range(1, heads):
+            out.baddbmm_(weight[h], v[:, :, h])
+        ctx.save_for_backward(grid, rows, weight)
+        return out.flatten(0, 1).index_select(0, rows).div_(heads), projected[:, -c:].clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, skip: Tensor) -> tuple[Tensor | None, ...]:
+        grid, rows, weight = ctx.saved_tensors
+        b, n, _, heads, c = grid.shape
+        q, k, v = grid.unbind(2)
+        full = grad.new_zeros(b * n, c).index_copy_(0, rows, grad / heads).view(b, n, c)
+        found = torch.empty_like(grid)
+        toward = torch.empty_like(weight)
+        for h in range(heads):
+            torch.bmm(full, v[:, :, h].mT, out=toward[h])
+            torch.bmm(weight[h].mT, full, out=found[:, :, 2, h])
+        toward.mul_(weight)  # and through the softmax: a (g - Σ a g)
+        toward.sub_(weight * toward.sum(-1, keepdim=True)).mul_(c**-0.5)
+        for h in range(heads):
+            torch.bmm(toward[h], k[:, :, h], out=found[:, :, 0, h])
+            torch.bmm(toward[h].mT, q[:, :, h], out=found[:, :, 1, h])
+        gradient = grad.new_empty(len(rows), (3 * heads + 1) * c)
+        torch.index_select(found.view(b * n, -1), 0, rows, out=gradient[:, :-c])
+        gradient[:, -c:] = skip
+        return gradient, None, None, None, None
+
+
 class GraphAttention(nn.Module):
     """Attention of each node over its neighbours, averaged over heads, with a gated skip (graph transformer).
 
@@ -121,16 +175,23 @@ class GraphAttention(nn.Module):
 
     def forward(self, x: Tensor, rows: Tensor | None, places: Tensor | None, adjacency: Tensor) -> Tensor:
         b, n, _ = adjacency.shape
-        qkv, skip = self.project(x).split([3 * self.heads * self.dim, self.dim], -1)
-        if places is not None:
-            qkv = qkv.index_select(0, places)  # nobody looks at blank places, whatever stands there
-        q, k, v = qkv.view(b, n, 3, self.heads, self.dim).permute(2, 0, 3, 1, 4)
+        projected = self.project(x)
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, adjacency.unsqueeze(1), dropout)
-        out = out.mean(1).flatten(0, 1)
-        out = out if rows is None else out[rows]
-        gate = torch.sigmoid(self.gate(torch.cat([out, skip, out - skip], -1)))
-        return gate * skip + (1 - gate) * out
+        whole = projected.dtype in (torch.float32, torch.float64)
+        if whole and rows is not None and places is not None and not dropout:
+            out, skip = _PackedAttention.apply(projected, rows, places, adjacency, self.heads)
+        else:
+            qkv, skip = projected.split([3 * self.heads * self.dim, self.dim], -1)
+            if places is not None:
+                qkv = qkv.index_select(0, places)
+            q, k, v = qkv.view(b, n, 3, self.heads, self.dim).permute(2, 0, 3, 1, 4)
+            out = F.scaled_dot_product_attention(q, k, v, adjacency.unsqueeze(1), dropout)
+            out = out.mean(1).flatten(0, 1)
+            out = out if rows is None else out[rows]
+        # w·[o, s, o - s] without putting them side by side
+        first, second, third = self.gate.weight.unflatten(1, (3, self.dim)).unbind(1)
+        gate = torch.sigmoid(F.linear(out, first + third) + F.linear(skip, second - third))
+        return out + gate * (skip - out)
 
 
 class GraphBlock(nn.Module):
@@ -166,10 +227,12 @@ class GraphPredictor(nn.Module):
         self.head = nn.Linear(hidden, 1)
 
     def forward(self, devices: Tensor, pack: bool | None = None) -> Tensor:
-        x, adjacency, mask = encode(devices, self.paths, self.angles)
-        b, n, _ = x.shape
         if pack is None:
             pack = devices.device.type == "cpu" and not torch.compiler.is_compiling()
+        if pack and devices.shape[1] % 2:
+            devices = F.pad(devices, (0, 0, 0, 1))  # products between 19 nodes take twice the time of 20
+        x, adjacency, mask = encode(devices, self.paths, self.angles)
+        b, n, _ = x.shape
         x, flat = x.flatten(0, 1), mask.flatten()
         rows = flat.nonzero().squeeze(1) if pack else None
         weight = None if pack else flat

@@ -190,7 +190,8 @@ class DPCML(Recommender):
         lr: Adam's learning rate.
         weight_decay: Adam's, as L2 in the gradient.
         top_k: length of the ranked list that is evaluated and predicted.
-        block: users ranked at once; a block takes about ``block * num_items * 12`` bytes.
+        block: most users ranked at once; fewer where their scores (4 bytes an item; ranking with several vectors holds
+            two such blocks) would take more than 64 MiB on a CPU, 256 MiB elsewhere.
     Shapes:
         user: (b,) int64; returns: (b, n) float scores, minus squared distances
     Raises:
@@ -323,8 +324,28 @@ class DPCML(Recommender):
         assert best is not None
         return best
 
-    def scorer(self) -> Callable[[Tensor], Tensor]:
-        return lambda user: self(user).detach()
+    def scorer(self) -> Callable[[Tensor, Tensor], None]:
+        # 2 v·i - |v|² - |i|² as one product: (2v, -|v|², 1)·(i, 1, -|i|²)
+        hp, items = self.hyperparameters, self.item_embeddings.weight.float()
+        square = items.square().sum(1, keepdim=True)
+        items = torch.cat((items, torch.ones_like(square), -square), dim=1).t()
+        other: Tensor | None = None
+
+        def write(user: Tensor, scores: Tensor) -> None:
+            nonlocal other
+            mine = self.user_embeddings.weight.index_select(0, user).float().unflatten(1, (hp["vectors"], hp["dim"]))
+            square, owned = mine.square().sum(2, keepdim=True), self.owned(user)
+            if owned is not None:
+                square = square.masked_fill(~owned[:, :, None], torch.inf)
+            mine = torch.cat((2 * mine, -square, torch.ones_like(square)), dim=2)
+            torch.mm(mine[:, 0], items, out=scores)
+            for c in range(1, hp["vectors"]):
+                if other is None:
+                    other = torch.empty(len(user), scores.stride(0), device=user.device)[:, : scores.shape[1]]
+                torch.mm(mine[:, c], items, out=other[: len(user)])
+                torch.maximum(scores, other[: len(user)], out=scores)
+
+        return write
 
     # ---- training -----------------------------------------------------------------------------------------------
 
@@ -402,8 +423,9 @@ class DPCML(Recommender):
         """As for any recommender, and the authors' figures (`LibCMLMetrics`)."""
         super().evaluate(batch, split)
         user, target = batch["user"], batch["target"]
-        for part in spans(len(user), self.block):
-            scores = self._open(self(user[part]).detach().float(), user[part], batch.get("seen"), part, True)
+        for part in spans(len(user), self.rows(user)):
+            scores = self(user[part]).detach().float()
+            self._close(scores, user[part], batch["seen"][part] if "seen" in batch else None)
             own = scores.gather(1, target[part].clamp(min=0))
             ranked = scores.sort(1).values
             place = scores.shape[1] - torch.searchsorted(ranked, own, right=True)

@@ -452,7 +452,8 @@ class NESCL(Recommender):
             authors' code does (it changes the loss's value, not its gradient).
         lr: Adam's learning rate.
         top_k: length of the ranked list that is evaluated and predicted.
-        block: users ranked at once; a block takes about ``block * num_items * 6`` bytes (240 MiB for Gowalla).
+        block: most users ranked at once; fewer where their scores (4 bytes an item) would take more than 64 MiB on a
+            CPU, 256 MiB elsewhere.
     Shapes:
         user: (b,) int64; returns: (b, n) float scores
     Raises:
@@ -652,10 +653,14 @@ class NESCL(Recommender):
 
     # ---- ranking ------------------------------------------------------------------------------------------------
 
-    def scorer(self) -> Callable[[Tensor], Tensor]:
-        final = self._cached()
+    def scorer(self) -> Callable[[Tensor, Tensor], None]:
+        final = self._cached().float()
         items = final[self.bipartite.users :].t()
-        return lambda user: final.index_select(0, user) @ items
+
+        def write(user: Tensor, scores: Tensor) -> None:
+            torch.mm(final.index_select(0, user), items, out=scores)
+
+        return write
 
     def _cached(self) -> Tensor:
         """`embeddings`, kept until a parameter changes."""

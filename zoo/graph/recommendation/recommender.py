@@ -3,15 +3,17 @@
 Index legend: m users, n items, e interactions, b batch, k places of a ranked list.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zoo.core import ZooError, ZooModule
-from zoo.nn.ranking import NDCGAtK, RecallAtK
+from zoo.nn.ranking import GROUP, NDCGAtK, RecallAtK, best
+
+BLOCK_MIB = {"cpu": 64}
+"""Most MiB of scores that a ranking holds at once, by device (256 if not named). A CPU gains nothing from more."""
 
 
 class Interactions(nn.Module):
@@ -137,7 +139,7 @@ class Recommender(ZooModule):
     metrics: nn.ModuleDict
 
     def build_ranking(self, graph: Interactions, top_k: int, block: int) -> None:
-        """Attach the interactions and the metrics of a ranked list of ``top_k``, made for ``block`` users at once."""
+        """Attach the interactions and the metrics of a list of ``top_k``, made for at most ``block`` users at once."""
         for name, value in (("top_k", top_k), ("block", block)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
@@ -151,8 +153,11 @@ class Recommender(ZooModule):
             }
         )
 
-    def scorer(self) -> Any:
-        """A function from users (b,) to the scores of all items (b, n), with what all users share made once."""
+    def scorer(self) -> Callable[[Tensor, Tensor], None]:
+        """A function of users (b,) and a float32 tensor (b, n) that it writes the scores of all items into.
+
+        What all users share is made once, here. No gradient is asked for.
+        """
         raise NotImplementedError
 
     # ---- the interactions ---------------------------------------------------------------------------------------
@@ -194,10 +199,13 @@ class Recommender(ZooModule):
 
     # ---- ranking ------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def rank(
         self, user: Tensor, k: int | None = None, seen: Tensor | None = None, exclude_seen: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """The best k items of each user over the whole catalogue, in blocks of ``block`` users.
+        """The best k items of each user over the whole catalogue, in blocks; of equal ones the lowest number first.
+
+        A block has at most ``block`` users, and no more than have their scores in 64 MiB on a CPU, 256 MiB elsewhere.
 
         Args:
             k: ``top_k`` by default, or all items where there are fewer.
@@ -206,25 +214,35 @@ class Recommender(ZooModule):
         Shapes:
             user: (b,); seen: (b, s); returns: items (b, k) int64, -1 where no item is left, and scores (b, k)
         """
-        k = min(self.top_k, self.bipartite.items) if k is None else k
-        if not 1 <= k <= self.bipartite.items:
-            raise ValueError(f"k is {k}; it must lie in 1..{self.bipartite.items}, the number of items.")
-        score_all, found = self.scorer(), []
-        for part in spans(len(user), self.block):
-            scores = self._open(score_all(user[part]).float(), user[part], seen, part, exclude_seen)
-            found.append(scores.topk(k, dim=1))
+        items = self.bipartite.items
+        k = min(self.top_k, items) if k is None else k
+        if not 1 <= k <= items:
+            raise ValueError(f"k is {k}; it must lie in 1..{items}, the number of items.")
+        write, found = self.scorer(), []
+        # a CPU multiplies twice as fast into rows that begin at multiples of 64 bytes
+        width = items + -items % GROUP
+        rows = min(self.rows(user), len(user))
+        padded = torch.full((rows, width), -torch.inf, device=user.device)
+        for part in spans(len(user), rows):
+            scores = padded[: len(user[part]), :items]
+            write(user[part], scores)
+            self._close(scores, user[part], None if seen is None else seen[part], exclude_seen)
+            found.append(best(padded[: len(scores)], k))
         score, item = (torch.cat(parts) for parts in zip(*found, strict=True))
         return item.where(score > -torch.inf, -1), score
 
-    def _open(self, scores: Tensor, user: Tensor, seen: Tensor | None, part: slice, exclude_seen: bool) -> Tensor:
-        """The scores of one block with -inf at items that do not take part."""
+    def rows(self, user: Tensor) -> int:
+        """How many users a block has: ``block``, or as many as have their scores within the limit of the device."""
+        width = self.bipartite.items + -self.bipartite.items % GROUP
+        return min(self.block, max(1, int(BLOCK_MIB.get(user.device.type, 256) * 2**18 / width)))
+
+    def _close(self, scores: Tensor, user: Tensor, seen: Tensor | None, exclude_seen: bool = True) -> None:
+        """Set the scores of items that do not take part to -inf, in place."""
         if exclude_seen:
             scores[self.bipartite.seen(user)] = -torch.inf
         if seen is not None and seen.shape[1]:
-            extra = F.pad(scores, (0, 1))
-            extra.scatter_(1, seen[part].where(seen[part] >= 0, self.bipartite.items), -torch.inf)
-            scores = extra[:, :-1]
-        return scores
+            most = torch.where(seen >= 0, -torch.inf, torch.inf).to(scores.dtype)
+            scores.scatter_reduce_(1, seen.clamp(min=0), most, "amin")
 
     @torch.no_grad()
     def predict(  # type: ignore[override]
@@ -271,22 +289,24 @@ class Recommender(ZooModule):
         """Log recall and NDCG of the first ``top_k`` places; where the batch says ``minority``, the recall of those."""
         self.take_graph(batch)
         item, _ = self.rank(batch["user"], seen=batch.get("seen"))
-        targets = dict.fromkeys(("recall", "ndcg"), batch["target"])
+        targets = {("recall", "ndcg"): batch["target"]}
         if "minority" in batch:
-            targets["minority_recall"] = batch["target"].where(batch["minority"], -1)
-        for name, target in targets.items():
-            metric = self.metrics[split][name]  # type: ignore[index]
-            for part in spans(len(item), self.block):
-                places = item[part].where(item[part] >= 0, self.bipartite.items)
-                metric.update(self.wanted(target[part]).gather(1, places), (target[part] >= 0).sum(1))
-            self.log(f"{split}/{name}@{self.top_k}", metric, on_step=False, on_epoch=True, batch_size=len(item))
+            targets[("minority_recall",)] = batch["target"].where(batch["minority"], -1)
+        for names, target in targets.items():
+            hits, relevant = self.hits(item, target), (target >= 0).sum(1)
+            for name in names:
+                metric = self.metrics[split][name]  # type: ignore[index]
+                metric.update(hits, relevant)
+                self.log(f"{split}/{name}@{self.top_k}", metric, on_step=False, on_epoch=True, batch_size=len(item))
 
-    def wanted(self, target: Tensor) -> Tensor:
-        """Where the targets are. Shapes: (b, t) padded with -1; returns (b, n + 1) bool, False at the padding's n."""
-        mask = torch.zeros(len(target), self.bipartite.items + 1, dtype=torch.bool, device=target.device)
-        mask.scatter_(1, target.where(target >= 0, self.bipartite.items), True)
-        mask[:, -1] = False
-        return mask
+    @staticmethod
+    def hits(item: Tensor, target: Tensor) -> Tensor:
+        """Which items are among the targets, both padded with -1. Shapes: (b, k), (b, t); returns (b, k) bool."""
+        if not target.shape[1]:
+            return torch.zeros_like(item, dtype=torch.bool)
+        target = target.sort(1).values
+        place = torch.searchsorted(target, item).clamp(max=target.shape[1] - 1)
+        return (target.gather(1, place) == item) & (item >= 0)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self.evaluate(batch, "val")

@@ -217,12 +217,25 @@ def load_problems(path: Path) -> dict[str, Any]:
         ZooError: saying what is wrong with the file.
     """
     try:
+        with open(path, "rb") as stream:
+            single = stream.read(6) == b"\x93NUMPY"
+        if single:
+            raise ZooError(
+                f"{path.name} is a single array (.npy); expected an .npz of several: "
+                f"np.savez('{path.stem}.npz', X=X, Z=Z, y=y, v=v)."
+            )
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, EOFError, KeyError, AttributeError, TypeError) as error:
-        raise ZooError(f"{path.name} is no .npz of plain arrays: {str(error).splitlines()[0][:120]}") from error
-    except Exception as error:  # zipfile's own classes
-        raise ZooError(f"{path.name} is damaged: {error}") from error
+    except ZooError:
+        raise
+    except OSError as error:
+        raise ZooError(f"{path.name} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:  # numpy's word for arrays of Python objects, and for anything that it does not know
+        raise ZooError(
+            f"{path.name} is no .npz of plain arrays; expected numbers, written by np.savez(path, X=X, Z=Z, y=y, v=v)."
+        ) from error
+    except Exception as error:  # zipfile's own classes, and what a torn file raises
+        raise ZooError(f"{path.name} is damaged; write it anew, or leave it out.") from error
     names = {"X": "x", "Z": "z", "V": "v"}
     found = {names.get(key, key): value for key, value in arrays.items()}
     lost = [key for key in ("x", "v") if key not in found]
