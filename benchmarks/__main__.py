@@ -249,9 +249,9 @@ def checkpoint(args: argparse.Namespace) -> dict[str, Any]:
     done = Path(args.trained or Path(args.work) / label / f"{arm}-{seed}" / "checkpoints")
     folder = Path("runs/checkpoints") / args.path
     if done.is_dir():
-        metrics = recipe._run(name, plan, seed, folder, done, args.device, True)
+        metrics = recipe.run(name, plan, seed, folder, done, args.device, True)
     else:
-        metrics = recipe._run(name, plan, seed, folder, None, args.device, True)
+        metrics = recipe.run(name, plan, seed, folder, None, args.device, True)
         done = folder / "checkpoints"
     figures = {k: v for k, v in metrics.items() if k.startswith("test/")}
     last = done / f"{plan.get('evaluate', 'best')}.ckpt"

@@ -21,6 +21,7 @@ usage: zoo VERB ...
   fit|validate|test NAME [--variant V] [--from CHECKPOINT] [--ckpt_path FILE] [any LightningCLI option]
   predict NAME --ckpt_path FILE|DIR|REPO[@REVISION] --input PATH --output PATH [--data.OPTION V] [--model.OPTION V]
   reproduce NAME[@DATASET] [--root DIR] [--seeds N] [--json FILE] [--confirm]
+  compare NAME[,KEY=VALUE...] ... --output DIR [--seeds N] [--data.OPTION V] [--model.OPTION V] [--trainer.OPTION V]
   convert NAME AUTHORS_CHECKPOINT OUT_DIR          an authors' checkpoint to ours
   publish DIR --repo-id ORG/NAME [--private]       to the Hugging Face Hub, in one commit
   export NAME CHECKPOINT OUT --format onnx|torch_export
@@ -246,6 +247,33 @@ def _reproduce(argv: list[str]) -> int:
     return 3 if outcome["holds"] is False else 0
 
 
+def _compare(argv: list[str]) -> None:
+    parser = _parser(
+        "compare", "Train and test several methods on one set: a table, a CSV file and a plot.", name=False
+    )
+    parser.add_argument(
+        "methods", nargs="*", metavar="NAME[,KEY=VALUE...]", help="a method, with hyperparameters of its own"
+    )
+    parser.add_argument("--family", help="all methods of a family")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="where table, plot and runs go; goes on with what is there"
+    )
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--progress", action="store_true", help="show progress bars")
+    args, extra = parser.parse_known_args(argv)
+    options = _options(extra, ("data", "model", "trainer"))
+    methods = args.methods + (catalogue.names(family=args.family) if args.family else [])
+    if not methods or args.seeds < 1:
+        raise ZooError("Name methods to compare, or a --family that has some (`zoo list`), and at least one seed.")
+    from zoo.core.command import quiet
+    from zoo.core.compare import compare, table
+
+    quiet()
+    run = {"output": Path(args.output), "seeds": args.seeds, "accelerator": args.accelerator, "progress": args.progress}
+    print(table(compare(methods, **options, **run)))
+
+
 def _convert(argv: list[str]) -> None:
     parser = _parser("convert", "Turn an authors' checkpoint into ours.")
     parser.add_argument("checkpoint", metavar="AUTHORS_CHECKPOINT")
@@ -289,6 +317,7 @@ VERBS = {
     "info": _info,
     "predict": _predict,
     "reproduce": _reproduce,
+    "compare": _compare,
     "convert": _convert,
     "publish": _publish,
     "export": _export,

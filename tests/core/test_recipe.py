@@ -1,5 +1,6 @@
 """Recipes: run, judged both ways, interrupted and gone on with, malformed ones refused."""
 
+import csv
 import sys
 import types
 from pathlib import Path
@@ -90,7 +91,7 @@ def test_missing_arms_leave_the_claim_open(method: Any, tmp_path: Path) -> None:
 
 def test_an_interrupted_run_goes_on(method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method(0.1)
-    real, calls = recipe._run, []
+    real, calls = recipe.run, []
 
     def stops(name: str, plan: Any, seed: int, *rest: Any) -> Any:
         calls.append(seed)
@@ -98,7 +99,7 @@ def test_an_interrupted_run_goes_on(method: Any, tmp_path: Path, monkeypatch: py
             raise KeyboardInterrupt
         return real(name, plan, seed, *rest)
 
-    monkeypatch.setattr(recipe, "_run", stops)
+    monkeypatch.setattr(recipe, "run", stops)
     with pytest.raises(KeyboardInterrupt):
         recipe.reproduce("Line", work=tmp_path, accelerator="cpu", arms=["trained"])
     recipe.reproduce("Line", work=tmp_path, accelerator="cpu", arms=["trained"])
@@ -138,6 +139,43 @@ def test_one_seed_confirms_evidence_after_a_change(
     capsys.readouterr()
     assert main([*run, "--confirm"]) == 2
     assert "was recorded with another recipe" in capsys.readouterr().err
+
+
+def test_methods_side_by_side(method: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    method(0.1)
+    run = ["compare", "Line", "line,width=4", "--output", str(tmp_path), "--seeds", "2", "--accelerator", "cpu"]
+    options = ["--data.batch_size", "11", "--trainer.max_steps=5", "--model.width", "8"]
+    assert main([*run, *options]) == 0
+    out = capsys.readouterr().out
+    with (tmp_path / "compare.csv").open() as handle:
+        rows = list(csv.DictReader(handle))
+    assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for m in ("Line", "line,width=4") for s in "01"]
+    assert rows[0]["test/loss"] != rows[2]["test/loss"], "a method's own hyperparameters go before"
+    assert out.splitlines()[-3].split()[:2] == ["method", "loss"] and "±" in out.splitlines()[-1]
+    assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
+    before = (tmp_path / "compare.csv").read_text()
+    assert main([*run, *options]) == 0
+    assert (tmp_path / "compare.csv").read_text() == before, "what is done is not run again: the seconds are the same"
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["Lin"], "No method 'Lin'. Did you mean 'Line'?"),
+        (["Line,4"], "'4' is no key=value"),
+        (["Line,wide=4"], "Line has no argument 'wide'. Did you mean 'width'?"),
+        (["Line", "--data.batch", "4"], "LineDataModule has no argument 'batch'"),
+        (["Line", "--model.depth", "4"], "No method here has a hyperparameter 'depth'"),
+        ([], "Name methods to compare"),
+        (["--family", "none"], "Name methods to compare"),
+    ],
+)
+def test_comparisons_that_cannot_be(
+    words: list[str], error: str, method: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method(0.1)
+    assert main(["compare", *words, "--output", str(tmp_path)]) == 2
+    assert error in capsys.readouterr().err
 
 
 def stage(folder: Path, seed: int) -> None:

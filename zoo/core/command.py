@@ -31,6 +31,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*isinstance.treespec.*")
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*GPU available but not used.*")
+    warnings.filterwarnings("ignore", ".*`LightningModule.configure_optimizers` returned `None`.*")
 
 
 def open_checkpoint(cls: Any, where: str | Path, **overrides: Any) -> Any:

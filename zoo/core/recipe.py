@@ -228,24 +228,29 @@ def _arm(
     progress: bool,
 ) -> dict[str, float]:
     """Train and test one arm with one seed; its metrics. Finished arms of an interrupted run are taken as they are."""
-    key = hashlib.sha256(json.dumps([plan, seed, results.fingerprint(plan.get("class", name))]).encode()).hexdigest()
-    done = base / "done" / f"{arm}-{seed}.json"
-    metrics: dict[str, float] | None = None
-    if done.is_file():
-        kept = json.loads(done.read_text())
-        metrics = kept["metrics"] if kept["key"] == key else None
-    if metrics is None:
-        source = base / f"{plan['from']}-{seed}" / "checkpoints" if plan.get("from") else None
-        metrics = _run(name, plan, seed, base / f"{arm}-{seed}", source, accelerator, progress)
-        gc.collect()  # a trainer, its model and its data hold each other
-        with atomic_write(done) as part:
-            part.write_text(json.dumps({"key": key, "metrics": metrics}))
+    source = base / f"{plan['from']}-{seed}" / "checkpoints" if plan.get("from") else None
+    folder, done = base / f"{arm}-{seed}", base / "done" / f"{arm}-{seed}.json"
+    metrics = run_once(done, name, plan, seed, folder, source, accelerator, progress)
     line = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith("test/"))
     print(f"{base.name}  {arm}  seed {seed}: {line}", flush=True)
     return metrics
 
 
-def _run(
+def run_once(done: Path, name: str, plan: dict[str, Any], seed: int, *rest: Any) -> dict[str, float]:
+    """`run`, or the metrics that it left in ``done`` where plan, seed and code are still the same."""
+    key = hashlib.sha256(json.dumps([plan, seed, results.fingerprint(plan.get("class", name))]).encode()).hexdigest()
+    if done.is_file():
+        kept = json.loads(done.read_text())
+        if kept["key"] == key:
+            return kept["metrics"]
+    metrics = run(name, plan, seed, *rest)
+    gc.collect()  # a trainer, its model and its data hold each other
+    with atomic_write(done) as part:
+        part.write_text(json.dumps({"key": key, "metrics": metrics}))
+    return metrics
+
+
+def run(
     name: str,
     plan: dict[str, Any],
     seed: int,
@@ -254,6 +259,7 @@ def _run(
     accelerator: str,
     progress: bool,
 ) -> dict[str, float]:
+    """Train and test a method as a plan says, or only test a ``checkpoint`` of it; every metric that was logged."""
     import inspect
 
     import lightning

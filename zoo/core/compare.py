@@ -1,0 +1,158 @@
+"""Several methods on one set: trained under the same conditions, in one table and one plot."""
+
+import csv
+import inspect
+import json
+import logging
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zoo.core import catalogue, recipe
+from zoo.core.errors import ZooError, nearest
+from zoo.core.files import atomic_write
+
+log = logging.getLogger(__name__)
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """``"Method:Other,lr=0.1,net=cnn"``: the class, and hyperparameters of its own.
+
+    Raises:
+        ZooError: for an unknown method, or a part that is no ``key=value``.
+    """
+    name, *parts = text.split(",")
+    entry, other = catalogue.entry(name).facts["class"], name.partition(":")[2]
+    own: dict[str, Any] = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise ZooError(f"{text!r}: {part!r} is no key=value. Write METHOD,key=value,...")
+        try:
+            own[key] = json.loads(value)
+        except ValueError:
+            own[key] = value
+    return f"{entry}:{other}" if other else entry, own
+
+
+def compare(
+    methods: Sequence[str],
+    *,
+    data: dict[str, Any],
+    model: dict[str, Any],
+    trainer: dict[str, Any],
+    output: Path,
+    seeds: int = 1,
+    accelerator: str = "auto",
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Train and test each method with each seed; an interrupted comparison goes on with what is left.
+
+    Args:
+        methods: as `parse` takes them.
+        data: arguments of the methods' DataModule, whose class must take them all.
+        model: hyperparameters for all methods that have them; a method's own go before.
+        trainer: arguments of the Trainer.
+        output: folder of ``compare.csv``, ``compare.png`` (with matplotlib) and a folder a run.
+    Returns:
+        a row for each method and seed: "method", "seed" and every test metric.
+    Raises:
+        ZooError: for an unknown method or argument.
+    """
+    plans = {text: _plan(text, data, model, trainer) for text in methods}
+    unused = [key for key in model if not any(key in plan["model"] for _, plan in plans.values())]
+    if unused:
+        raise ZooError(f"No method here has a hyperparameter {unused[0]!r}.")
+    rows = []
+    for text, (name, plan) in plans.items():
+        for seed in range(seeds):
+            folder = output / text.replace("/", "_") / str(seed)
+            metrics = recipe.run_once(
+                folder / "done.json", name, plan, seed, folder / "run", None, accelerator, progress
+            )
+            found = {key: value for key, value in metrics.items() if key.startswith("test/")}
+            found["seconds"] = metrics["seconds"]
+            print(f"{text}  seed {seed}: {', '.join(f'{k} {v:.4g}' for k, v in found.items())}", flush=True)
+            rows.append({"method": text, "seed": seed, **found})
+            _write(rows, output / "compare.csv")
+    _draw(plans, seeds, output)
+    return rows
+
+
+def _plan(
+    text: str, data: dict[str, Any], model: dict[str, Any], trainer: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    name, own = parse(text)
+    cls, data_cls = catalogue.load_class(name), catalogue.load_datamodule(name)
+    known = [*inspect.signature(cls).parameters, "variant"]
+    for given, owner, options in ((own, cls, known), (data, data_cls, [*inspect.signature(data_cls).parameters])):
+        unknown = [key for key in given if key not in options]
+        if unknown:
+            raise ZooError(f"{owner.__name__} has no argument {unknown[0]!r}.{nearest(unknown[0], options)}")
+    left = [key for key in model if key not in known]
+    if left:
+        log.info("%s has no %s: left out.", text, ", ".join(left))
+    shared = {key: value for key, value in model.items() if key in known}
+    return name, {"data": data, "model": {**shared, **own}, "trainer": {"logger": True, **trainer}, "evaluate": "last"}
+
+
+def _write(rows: list[dict[str, Any]], path: Path) -> None:
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as part, part.open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, keys)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Means over seeds, and standard deviations where there are several, for a terminal."""
+    keys = [key for key in dict.fromkeys(k for row in rows for k in row) if key not in ("method", "seed")]
+    lines = [["method", *(key.removeprefix("test/") for key in keys)]]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [method]
+        for key in keys:
+            have = [row[key] for row in rows if row["method"] == method and key in row]
+            spread = f" ± {statistics.stdev(have):.2g}" if len(have) > 1 else ""
+            cells.append(f"{statistics.fmean(have):.4g}{spread}" if have else "-")
+        lines.append(cells)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def _draw(plans: dict[str, tuple[str, dict[str, Any]]], seeds: int, output: Path) -> None:
+    """The validation metric over steps, and over megabytes sent where that was logged."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        log.info('No plot: matplotlib is missing (pip install "paper-zoo[plots]").')
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    curves = {}
+    for text, (name, _) in plans.items():
+        monitor = catalogue.load_class(name).monitor
+        for seed in range(seeds):
+            file = output / text.replace("/", "_") / str(seed) / "run" / "metrics.csv"
+            with file.open(newline="", encoding="utf-8") as handle:
+                found = [row for row in csv.DictReader(handle) if row.get(monitor)]
+            curves[text, seed] = (monitor, found)
+    sent = [all(row.get("val/up_mb") for row in rows) for _, rows in curves.values()]
+    axes = ["step"] + ["val/up_mb"] * (bool(sent) and all(sent))
+    figure, places = plt.subplots(1, len(axes), figsize=(6.4 * len(axes), 4.4), squeeze=False, layout="constrained")
+    for place, axis in zip(places[0], axes, strict=True):
+        for number, text in enumerate(plans):
+            for seed in range(seeds):
+                monitor, rows = curves[text, seed]
+                x, y = [float(row[axis]) for row in rows], [float(row[monitor]) for row in rows]
+                place.plot(x, y, color=f"C{number % 10}", ls="-" if number < 10 else "--", label=None if seed else text)
+        place.set_xlabel("megabytes sent to the server" if axis != "step" else "training step (a federated round)")
+        place.set_ylabel(" / ".join(dict.fromkeys(monitor for monitor, _ in curves.values())))
+        place.grid(alpha=0.3)
+    places[0][0].legend(fontsize="small")
+    figure.savefig(output / "compare.png", dpi=120)
+    plt.close(figure)
