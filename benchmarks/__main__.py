@@ -5,6 +5,7 @@
     python -m benchmarks data                          loading throughput of Regformer's tiny variant against its step
     python -m benchmarks steps [NAME ...]              train step and inference of the tiny variants, eager and compiled
     python -m benchmarks peers [lightgcn gcn lora]     beside packages from PyPI that do the same work
+    python -m benchmarks federated [PART ...]          rounds: stacking, scale, beside a plain loop -> docs/ (plot)
     python -m benchmarks speed NAME [--authors DIR]    beside the authors' code (or a peer) -> results/NAME.json
     python -m benchmarks parity NAME --authors DIR     equality with the authors' code -> results/NAME.json
     python -m benchmarks checkpoint NAME PATH          the catalogue's checkpoint PATH, by its recipe -> hub/PATH
@@ -190,6 +191,25 @@ def peers(args: argparse.Namespace) -> dict[str, Any]:
     return old.get("peers", {}).get("figures", {}) | {name: ALL[name](args.device) for name in args.names or ALL}
 
 
+def federated(args: argparse.Namespace) -> dict[str, Any]:
+    """The parts asked for, all by default; a run for some leaves the others' figures. Draws the plot where all are."""
+    from benchmarks import federated as parts
+
+    target = Path(args.json or Path(__file__).with_name("federated.json"))
+    args.json = str(target)
+    new = {
+        name: parts.stacking(args.device) if name == "stacking" else getattr(parts, name)()
+        for name in args.names or ("stacking", "scale", "beside")
+    }
+    old = json.loads(target.read_text()) if target.is_file() else {}
+    found: dict[str, Any] = old.get("federated", {}).get("figures", {}) | new
+    if "stacking" in found:
+        found["crossover"] = parts.crossover(found["stacking"])
+    if {"stacking", "scale", "beside"} <= set(found):
+        parts.plot(found, catalogue.ROOT.parent / "docs" / "federated_scale.png")
+    return found
+
+
 def _section(args: argparse.Namespace, key: str, figures: dict[str, Any], **more: Any) -> None:
     name = catalogue.entry(args.name).facts["class"]
     section = {"figures": figures, "files": results.fingerprint(name), **more, **results.circumstances()}
@@ -278,7 +298,7 @@ def main() -> None:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for call in (imports, load, data, steps, peers, speed, parity, checkpoint):
+    for call in (imports, load, data, steps, peers, federated, speed, parity, checkpoint):
         sub = verbs.add_parser(call.__name__)
         sub.set_defaults(call=call)
         sub.add_argument("--device", default="cpu")
@@ -295,6 +315,8 @@ def main() -> None:
             sub.add_argument("--work", default="runs/reproduce", help="where `zoo reproduce` left its checkpoints")
         if call in (steps, peers):
             sub.add_argument("names", nargs="*")
+        if call is federated:
+            sub.add_argument("names", nargs="*", metavar="PART", choices=["stacking", "scale", "beside", []])
         if call is steps:
             sub.add_argument("--compile", action="store_true")
     args = parser.parse_args()

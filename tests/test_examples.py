@@ -13,6 +13,7 @@ OUTPUTS = {
     "classify_my_nodes": ("classes.csv", 91),
     "classify_my_texts": ("labels.csv", 3),
     "derain_my_photos": ("derained", 2),
+    "federated_sites": ("sites.csv", 4),
     "fill_my_gaps": ("filled.csv", 601),
     "plain_pytorch_loop": ("plain", 3),
     "recommend_from_my_csv": ("recommendations.csv", 61),

@@ -125,14 +125,26 @@ def test_rounds_hold_whole_clients() -> None:
 
 def test_scored_sets() -> None:
     data = ready(clients=4, alpha=0.2, test_per_client=20)
-    sets = list(data.test_dataloader())
+    sets = scored(data.test_dataloader())
     assert [s["client"] for s in sets] == [[-1], [0], [1], [2], [3]]
     assert sets[0]["size"] == [len(sets[0]["label"])] and len(sets[0]["label"]) == 355
     for one in sets[1:]:
         own = data.labels[data.shares[one["client"][0]]].unique().tolist()
         assert set(one["label"].tolist()) <= set(own)
     assert [s["client"] for s in ready(test="none").val_dataloader()] == [[-1]]
+    assert [s["client"] for s in data.test_dataloader()] == [[-1, 0, 1, 2, 3]], "small sets come in one batch"
     assert "val" not in ready(val=0.0)._sets
+
+
+def scored(loader: Any) -> list[dict[str, Any]]:
+    """The sets of a loader one by one."""
+    found = []
+    for batch in loader:
+        parts = zip(
+            batch["client"], batch["image"].split(batch["size"]), batch["label"].split(batch["size"]), strict=True
+        )
+        found += [{"client": [c], "size": [len(y)], "image": x, "label": y} for c, x, y in parts]
+    return found
 
 
 def test_no_sample_is_in_two_parts() -> None:
@@ -150,6 +162,13 @@ def test_long_tail_and_few_of_each() -> None:
 def test_label_noise_by_client() -> None:
     clean, noisy = ready(clients=3), ready(clients=3, label_noise=[0.0, 0.5, 1.0])
     wrong = [(clean.labels[s] != noisy.labels[s]).float().mean() for s in noisy.shares]
+    batch = next(iter(noisy.train_dataloader()))
+    assert "clean" not in next(iter(clean.train_dataloader()))
+    assert (
+        torch.equal(batch["clean"], clean.labels[torch.cat(clean.shares)]) and (batch["clean"] != batch["label"]).any()
+    )
+    tested = [[s["label"].bincount(minlength=10).tolist() for s in scored(d.test_dataloader())] for d in (clean, noisy)]
+    assert tested[0] == tested[1], "what a client is tested on does not depend on the noise"
     assert wrong[0] == 0 and 0.4 < wrong[1] < 0.6 and wrong[2] == 1
     with pytest.raises(ZooError, match="one for each of the clients"):
         ready(clients=3, label_noise=[0.1, 0.2])
@@ -173,8 +192,8 @@ def test_shifts_set_clients_apart() -> None:
     for client, (a, b) in enumerate(zip(plain.shares, shifted.shares, strict=True)):
         wanted = plain.images[a] if client % 2 == 0 else 255 - plain.images[a]
         assert torch.equal(shifted.images[b], wanted)
-    sets = {s["client"][0]: s["image"] for s in shifted.test_dataloader()}
-    before = {s["client"][0]: s["image"] for s in plain.test_dataloader()}
+    sets = {s["client"][0]: s["image"] for s in scored(shifted.test_dataloader())}
+    before = {s["client"][0]: s["image"] for s in scored(plain.test_dataloader())}
     assert torch.equal(sets[1], 255 - before[1]) and torch.equal(sets[2], before[2])
     assert torch.equal(sets[-1][1::2], 255 - before[-1][1::2]) and torch.equal(sets[-1][::2], before[-1][::2])
     image = torch.full((1, 1, 4, 4), 100, dtype=torch.uint8)
@@ -313,7 +332,7 @@ def test_sites_become_clients(tmp_path: Path) -> None:
     write_sites(tmp_path)
     data = ready(root=str(tmp_path), clients=None, partition="natural", val=0.0, test="classes")
     assert data.sites == ["north", "south"] and [len(s) for s in data.shares] == [24, 24]
-    assert [len(s["label"]) for s in data.test_dataloader()] == [12, 6, 6]
+    assert [len(s["label"]) for s in scored(data.test_dataloader())] == [12, 6, 6]
     many = ready(root=str(tmp_path), clients=6, partition="iid", val=0.0, min_size=2)
     assert many.site_of == [0, 1] * 3 and [len(s) for s in many.shares] == [8] * 6
 

@@ -217,7 +217,7 @@ class BestAndLast(ModelCheckpoint):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if not trainer.enable_validation:
+        if not _validates(trainer):
             self.monitor = None
         self._saved_at = (
             -float("inf") if not os.path.exists(os.path.join(str(self.dirpath), "last.ckpt")) else time.monotonic()
@@ -257,7 +257,7 @@ class BestAndLast(ModelCheckpoint):
         super().on_train_epoch_end(trainer, pl_module)
         final = trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps
         ending = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
-        if not trainer.enable_validation and not final and (ending or self._due(trainer, self.SAVE_AGAIN)):
+        if not _validates(trainer) and not final and (ending or self._due(trainer, self.SAVE_AGAIN)):
             self._save_last(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -293,6 +293,12 @@ class BestAndLast(ModelCheckpoint):
                 f"Cannot write {path}: {error.strerror or error}. What was saved before still stands."
             ) from error
         self._saved_at = time.monotonic()
+
+
+def _validates(trainer: lightning.Trainer) -> bool:
+    """Whether validation really runs: a DataModule may have a loader for it with nothing in it."""
+    batches = trainer.num_val_batches
+    return bool(trainer.enable_validation and sum(batches if isinstance(batches, list) else [batches]) > 0)
 
 
 class Reseed(Callback):

@@ -1,3 +1,16 @@
+from .federated.amy import AMY as AMY
+from .federated.data_federated import FederatedClassificationDataModule as FederatedClassificationDataModule
+from .federated.data_semi_supervised import FederatedSemiSupervisedDataModule as FederatedSemiSupervisedDataModule
+from .federated.dis_pfl import DisPFL as DisPFL
+from .federated.fal import FAL as FAL
+from .federated.fed_fed import FedFed as FedFed
+from .federated.fed_impro import FedImpro as FedImpro
+from .federated.fed_label import FedLabel as FedLabel
+from .federated.fed_ld import FedLD as FedLD
+from .federated.fed_loge import FedLoGe as FedLoGe
+from .federated.ggeur import GGEUR as GGEUR
+from .federated.scool import SCooL as SCooL
+from .federated.twin_sight import TwinSight as TwinSight
 from .prompt.data_ood import FewShotOODDataModule as FewShotOODDataModule
 from .prompt.local_prompt import LocalPrompt as LocalPrompt
 from .restoration.data_derain import DerainDataModule as DerainDataModule

@@ -2,7 +2,8 @@
 
 `FederatedModule` is one round of communication a training step; `Clients` trains many copies of a network at once;
 the rest are small functions: who takes part (`schedule`), what the server does (`aggregation`, `algorithms`), what
-lives on with a client (`state`), random views (`views`), and `flower`, which runs the same module on many machines.
+lives on with a client (`state`), random views (`views`), and `remote` and `flower`, which run the same module on many
+machines.
 """
 
 from zoo.engines.federated.aggregation import Message, average, gather, mix, nbytes

@@ -35,7 +35,11 @@ def mix(stacked: Mapping[str, Tensor], matrix: Tensor) -> Message:
 
 
 def _weighted(value: Tensor, matrix: Tensor) -> Tensor:
-    found = matrix.to(value.device) @ value.reshape(len(value), -1).to(matrix.dtype)
+    kind = value.dtype if value.dtype in (torch.float32, torch.float64) else torch.float32
+    with torch.autocast(
+        "cpu" if value.is_meta else value.device.type, enabled=False
+    ):  # a mean in half precision would lose the update
+        found = matrix.to(value.device, kind) @ value.reshape(len(value), -1).to(kind)
     found = found.view(len(matrix), *value.shape[1:])
     return found.to(value.dtype) if value.is_floating_point() else found.round().to(value.dtype)
 

@@ -28,6 +28,7 @@ class Clients:
         optimizer: makes an optimiser from a list of tensors. It must work element by element, as SGD and Adam do: the
             clients are rows of the same tensors.
         stacked: whether the clients train together; False needs s = 1.
+        start: what ``state`` is now, where the caller has it anyway; else a copy is made.
     """
 
     def __init__(
@@ -36,13 +37,16 @@ class Clients:
         state: dict[str, Tensor],
         optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
         stacked: bool = True,
+        start: Mapping[str, Tensor] | None = None,
     ):
         self.model, self.state, self.stacked = model, state, stacked
         self.count = len(next(iter(state.values())))
         if not stacked and self.count != 1:
             raise ValueError(f"{self.count} clients cannot train unstacked at once; give one.")
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        self.start = {name: value.clone() for name, value in state.items() if name in trained}
+        self.start = {name: value for name, value in (start or state).items() if name in trained}
+        if start is None:
+            self.start = {name: value.clone() for name, value in self.start.items()}
         self.corrections: list[Correct] = []
         self.steps = 0
         self._make = optimizer

@@ -25,11 +25,11 @@ from zoo.engines.federated.aggregation import Message, gather, nbytes
 from zoo.engines.federated.algorithms import algorithm
 from zoo.engines.federated.clients import Bound, Clients, clip, masked_mean
 from zoo.engines.federated.schedule import local_batches
-from zoo.engines.federated.state import ClientStates
+from zoo.engines.federated.state import ClientStates, _held
 from zoo.engines.federated.views import Views
 from zoo.nn.classifiers import classifier, has_batch_norm
 
-STACK_BELOW = 3e7
+STACK_BELOW = 8e7
 """Forward operations of a local batch up to which clients train together on a CPU, see `FederatedModule.together`."""
 
 
@@ -193,7 +193,8 @@ class FederatedModule(ZooModule):
         if has_batch_norm(self.model):
             hp["drop_last"] = True
         self.views = Views(hp["augment"])
-        self.states, self.server = ClientStates(hp["num_clients"]), ClientStates(1)
+        self.states = ClientStates(hp["num_clients"], _held.get(), lean=hp["state_on_disk"])
+        self.server = ClientStates(1)
         self.register_buffer("round", torch.zeros((), dtype=torch.long))
         self.register_buffer("sent", torch.zeros(2, dtype=torch.float64))  # bytes up, bytes down
         self.register_buffer("_mean", torch.tensor(hp["mean"] or [0.0]).view(-1, 1, 1), persistent=False)
@@ -272,10 +273,12 @@ class FederatedModule(ZooModule):
         if len(answered) < world:
             raise ZooError(f"{len(answered)} clients answered in this round: too few for {world} processes.")
         up, kept, logs = self.local(batch, down, answered[rank::world])
+        answered = [row for row in answered if batch["work"][row] > 0]  # on machines of their own some fall silent
         ids = [batch["client"][row] for row in answered]
         self.states.write(ids, gather(kept, len(ids)))
         up, logs = gather(up, len(ids)), gather(logs, len(ids))
-        weights = torch.tensor([batch["size"][row] for row in answered], dtype=torch.float32, device=self.device)
+        kind = torch.float64 if self.dtype == torch.float64 else torch.float32
+        weights = torch.tensor([batch["size"][row] for row in answered], dtype=kind, device=self.device)
         with torch.no_grad():
             self.aggregate(down, up, weights, {**batch, "client": ids})
             self.round += 1
@@ -304,14 +307,19 @@ class FederatedModule(ZooModule):
             logs = self.work(clients, samples, down)
             up, kept = self.upload(clients, samples, down)
             found.append((up, kept | self.algorithm.beside(samples, down, size > 1), logs))
-        back = torch.tensor([order.index(row) for row in rows], device=self.device)
-        parts = zip(*found, strict=True)
-        return tuple({n: torch.cat([m[n] for m in part])[back] for n in part[0]} for part in parts)  # type: ignore[return-value]
+        back = sorted(range(len(found)), key=lambda i: rows.index(order[i])) if size == 1 else range(len(found))
+        parts = zip(*(found[i] for i in back), strict=True)
+        joined = [{n: torch.cat([m[n] for m in part]) for n in part[0]} for part in parts]
+        if size > 1:
+            rank = torch.tensor([order.index(row) for row in rows], device=self.device)
+            joined = [{n: v[rank] for n, v in part.items()} for part in joined]
+        return joined[0], joined[1], joined[2]
 
     def clients(self, state: Message, stacked: bool) -> Clients:
-        """Clients ready to work from ``state``, each (s, ...)."""
+        """Clients ready to work from ``state``, each (s, ...), which itself stays as it is."""
         self.model.train()
-        found = Clients(self.model, state, self.local_optimizer, stacked)
+        own = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+        found = Clients(self.model, own, self.local_optimizer, stacked, start=state)
         if self._hp["clip"]:
             found.corrections.append(clip(self._hp["clip"]))
         return found
@@ -328,10 +336,10 @@ class FederatedModule(ZooModule):
         return {name: value / counts for name, value in total.items()}
 
     def start_state(self, ids: Sequence[int], down: Message) -> Message:
-        """What each client begins with: what came down, and its own of what is personal; each (s, ...), copied."""
+        """What each client begins with, to be read only: what came down, and its own of what is personal; (s, ...)."""
         size = len(ids)
         shared = {n.removeprefix("model."): v for n, v in down.items() if n.startswith("model.")}
-        state = {n: v[None].repeat(size, *[1] * v.ndim) for n, v in shared.items()}
+        state = {n: v.expand(size, *v.shape) for n, v in shared.items()}
         own = self.states.read(ids, "personal.", self.device)
         return state | {n: v for n, v in own.items() if n in self.personal_names}
 
@@ -453,13 +461,26 @@ class FederatedModule(ZooModule):
 
     @torch.no_grad()
     def _evaluate(self, batch: dict[str, Any], split: str) -> None:
-        first = 0
+        """Every process has all sets, and scores every so-manieth piece of them."""
+        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self._trainer is not None else (1, 0)
+        first, number = 0, 0
         for client, size in zip(batch["client"], batch["size"], strict=True):
             for start in range(first, first + size, 1024):
                 rows = slice(start, min(start + 1024, first + size))
-                found = self(batch["image"][rows], client).argmax(-1)
-                self.accuracy[f"on_{split}"].update(client, found == batch["label"][rows], len(found))  # type: ignore[operator]
+                if number % world == rank:
+                    self.score(split, client, batch["image"][rows], batch["label"][rows], number)
+                number += 1
             first += size
+
+    def score(self, split: str, client: int, image: Tensor, label: Tensor, number: int) -> Tensor:
+        """Class scores (b, k) of some pictures by a client's model, or with -1 by the global one, taken into account.
+
+        Shapes:
+            image: (b, c, h, w); label: (b,); ``number`` is the piece's place in its batch, to seed draws with
+        """
+        logits = self(image, client)
+        self.accuracy[f"on_{split}"].update(client, logits.argmax(-1) == label, len(label))  # type: ignore[operator]
+        return logits
 
     def on_validation_epoch_end(self) -> None:
         self._log_accuracy("val")
@@ -469,7 +490,10 @@ class FederatedModule(ZooModule):
 
     def _log_accuracy(self, split: str) -> None:
         metric: Any = self.accuracy[f"on_{split}"]
-        for name, value in metric.compute().items():
+        found = metric.compute()
+        if self.monitor == f"{split}/personal_accuracy" and "accuracy" in found:  # data without clients' own sets
+            found.setdefault("personal_accuracy", found["accuracy"])
+        for name, value in found.items():
             self.log(f"{split}/{name}", value, prog_bar=name == "accuracy")
         metric.reset()
         for name, value in zip(("up_mb", "down_mb"), self.sent / 1e6, strict=True):
@@ -477,13 +501,13 @@ class FederatedModule(ZooModule):
 
     # ---- Lightning ----------------------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> None:
+    def configure_optimizers(self) -> list[Any]:
         """None of its own: clients have theirs, for a round."""
-        return None
+        return []
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        if self._hp["state_on_disk"] and self.states.folder is None:
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and self._hp["state_on_disk"] and self.states.folder is None:
             self.states.to_disk(f"{self.trainer.default_root_dir}/clients")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -2,13 +2,29 @@
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zoo.core.errors import ZooError
+from zoo.core.files import atomic_write
+
+_held: ContextVar[list[int] | None] = ContextVar("held", default=None)
+
+
+@contextmanager
+def holding(clients: Sequence[int]) -> Iterator[None]:
+    """Modules that are built within have the rows of these clients only, as on a machine of theirs."""
+    before = _held.set(list(clients))
+    try:
+        yield
+    finally:
+        _held.reset(before)
 
 
 class ClientStates(nn.Module):
@@ -19,11 +35,15 @@ class ClientStates(nn.Module):
 
     Args:
         clients: how many there are.
+        held: those whose rows are kept here; None = all.
+        lean: take no memory for rows before one is written, which after `to_disk` none is in memory.
     """
 
-    def __init__(self, clients: int):
+    def __init__(self, clients: int, held: Sequence[int] | None = None, lean: bool = False):
         super().__init__()
-        self.clients = clients
+        self.clients, self.lean = clients, lean
+        self.held = None if held is None else list(held)
+        self._first: dict[str, Tensor] = {}  # of rows that are not here
         self._names: dict[str, str] = {}
         self._files: dict[str, Tensor] = {}
         self.folder: Path | None = None
@@ -32,7 +52,30 @@ class ClientStates(nn.Module):
         """Keep a tensor for each client, whose first value is ``first`` for all."""
         key = name.replace(".", "__")
         self._names[name] = key
-        self.register_buffer(key, first.detach()[None].repeat(self.clients, *[1] * first.ndim))
+        rows = self.clients if self.held is None else len(self.held)
+        row = first.detach().clone()
+        self.register_buffer(key, row.expand(rows, *row.shape) if self.lean else row.repeat(rows, *[1] * row.ndim))
+        if self.held is not None:
+            self._first[name] = first.detach().clone()
+
+    def complete(self) -> None:
+        """Give the clients that are kept elsewhere their first values, so that a checkpoint has a row for each."""
+        held, self.held = self.held, None
+        for name, key in self._names.items() if held is not None else ():
+            rows = getattr(self, key)
+            full = self._first[name].to(rows.device)[None].repeat(self.clients, *[1] * (rows.ndim - 1))
+            full[torch.as_tensor(held, dtype=torch.long)] = rows
+            setattr(self, key, full)
+        self._first = {}
+
+    def _places(self, clients: Sequence[int]) -> Tensor:
+        """Which rows are these clients'."""
+        if self.held is None:
+            return torch.as_tensor(clients, dtype=torch.long)
+        far = [int(client) for client in clients if client not in self.held]
+        if far:
+            raise ZooError(f"What lives on with client {far[0]} is on a machine of its own, and cannot be read here.")
+        return torch.tensor([self.held.index(client) for client in clients], dtype=torch.long)
 
     def __contains__(self, name: str) -> bool:
         return name in self._names
@@ -52,8 +95,10 @@ class ClientStates(nn.Module):
 
         Shapes:
             returns: each (len(clients), ...)
+        Raises:
+            ZooError: for a client whose rows are kept elsewhere.
         """
-        wanted = torch.as_tensor(clients, dtype=torch.long)
+        wanted = self._places(clients)
         found = {}
         for name in self._names:
             if name.startswith(prefix):
@@ -64,10 +109,21 @@ class ClientStates(nn.Module):
     @torch.no_grad()
     def write(self, clients: Sequence[int], values: dict[str, Tensor], prefix: str = "") -> None:
         """Put back the rows of some clients, each (len(clients), ...)."""
-        wanted = torch.as_tensor(clients, dtype=torch.long)
+        wanted = self._places(clients) if values else torch.zeros(0)
+        self._spread()
         for name, value in values.items():
             rows = self._all(prefix + name)
             rows[wanted.to(rows.device)] = value.detach().to(rows)
+
+    def _spread(self) -> None:
+        """Memory of its own for each row, where the rows of a lean beginning are one."""
+        for key in self._names.values() if self.lean and self.folder is None else ():
+            setattr(self, key, getattr(self, key).clone(memory_format=torch.contiguous_format))
+        self.lean = False
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._spread()
+        super()._load_from_state_dict(*args, **kwargs)
 
     # ---- on disk ------------------------------------------------------------------------------------------------
 
@@ -78,8 +134,20 @@ class ClientStates(nn.Module):
         for key in self._names.values():
             first = getattr(self, key)
             delattr(self, key)
+            if self.lean:  # written, not mapped: mapped rows would all count as this process's memory
+                self._repeat(key, first)
             self._files[key] = self._map(key, first.shape, first.dtype)
-            self._files[key].copy_(first)
+            if not self.lean:
+                self._files[key].copy_(first)
+
+    def _repeat(self, key: str, rows: Tensor) -> None:
+        """A file of equal rows; it takes its name when it is whole, as another process may have mapped one before."""
+        assert self.folder is not None
+        row = rows[:1].cpu().flatten().view(torch.uint8).numpy().tobytes()
+        many = max(2**20 // max(len(row), 1), 1)
+        with atomic_write(self.folder / f"{key}.bin") as part, open(part, "wb") as file:
+            for start in range(0, len(rows), many):
+                file.write(row * min(many, len(rows) - start))
 
     def _map(self, key: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         assert self.folder is not None

@@ -18,6 +18,8 @@ from zoo.core.seeding import seed_from
 from zoo.data.pictures import Pictures, PictureSet, fit, open_picture, read_pictures
 from zoo.engines.federated.schedule import sample_clients
 
+TOGETHER = 4096
+"""Samples of the sets to score that come in one batch."""
 PARTITIONS = ("dirichlet", "classes", "shards", "quantity", "iid", "natural")
 
 
@@ -135,6 +137,7 @@ class FederatedClassificationDataModule(ZooDataModule):
 
     images: Tensor
     labels: Tensor
+    clean: Tensor
 
     # ---- the sets -----------------------------------------------------------------------------------------------
 
@@ -156,20 +159,21 @@ class FederatedClassificationDataModule(ZooDataModule):
         order = keep[torch.randperm(len(keep), generator=self._draws("val"))]
         held = order[: round(hp.val * len(order))]
         pool = order[len(held) :].sort().values
-        self.images, self.labels = train.image, train.label
+        self.images = train.image
+        self.labels = self.clean = train.label
         self.shares = self._divide(pool, train.site)
-        self.labels = self._noisy(self.labels)
+        self.labels = self._noisy(self.clean)
         if hp.shifts:
             self.images = self.images.clone()
             for client, own in enumerate(self.shares):
-                self.images[own] = self._shifted(self.images[own], client)
+                self.images[own] = self.shifted(self.images[own], client)
         sets: dict[str, Dataset] = {"train": _Rounds(self), "test": _Scored(self, test, "test")}
         if len(held):
             site = None if train.site is None else train.site[held]
             sets["val"] = _Scored(self, Pictures(train.image[held], train.label[held], site), "val")
         return sets
 
-    def _shifted(self, images: Tensor, client: int) -> Tensor:
+    def shifted(self, images: Tensor, client: int) -> Tensor:
         """Pictures as this client sees them."""
         kinds = self.hparams.shifts
         return shift(images, kinds[client % len(kinds)], self._draws("shift", client)) if kinds else images
@@ -233,6 +237,8 @@ class FederatedClassificationDataModule(ZooDataModule):
     def _noisy(self, labels: Tensor) -> Tensor:
         """Labels of which each client has a share replaced by another class."""
         noise = self.hparams.label_noise
+        if noise == 0:
+            return labels
         noise = noise if isinstance(noise, list) else [noise] * len(self.shares)
         if len(noise) != len(self.shares) or not all(0 <= share <= 1 for share in noise):
             raise ZooError(f"label_noise is {noise}: one number in [0, 1], or one for each of the clients.")
@@ -248,6 +254,8 @@ class FederatedClassificationDataModule(ZooDataModule):
         """All samples of some clients, one after the other."""
         rows = torch.cat([self.shares[client] for client in clients])
         found = {"image": self.images[rows], "label": self.labels[rows]}
+        if self.labels is not self.clean:
+            found["clean"] = self.clean[rows]
         return {**found, "client": list(clients), "size": [len(self.shares[client]) for client in clients]}
 
     # ---- a user's own files -------------------------------------------------------------------------------------
@@ -285,11 +293,10 @@ class FederatedClassificationDataModule(ZooDataModule):
     # ---- loaders ------------------------------------------------------------------------------------------------
 
     def loader(self, dataset: Dataset, shuffle: bool = False) -> "DataLoader[Any]":
-        """Rounds go whole to every process, which share a round's clients; sets to score one by one."""
+        """Rounds and sets to score go whole to every process: these share the clients."""
         if not isinstance(dataset, (_Rounds, _Scored)):
             return super().loader(dataset, shuffle)
-        trainer = None if isinstance(dataset, _Rounds) else self.trainer
-        sampler = _Order(dataset, 1, self.seed, self if shuffle else None, trainer)
+        sampler = _Order(dataset, 1, self.seed, self if shuffle else None, None)
         return _Loader(_Seeded(dataset, self.seed), batch_size=1, sampler=sampler, collate_fn=_identity)
 
     def predict_dataloader(self) -> "DataLoader[Any]":
@@ -324,7 +331,7 @@ class _Scored(Dataset):
         self.sets = [(-1, torch.arange(len(pictures)))]
         hp = data.hparams
         for client, own in enumerate(data.shares if hp.test != "none" else ()):
-            counts = torch.bincount(data.labels[own], minlength=len(data.class_names))
+            counts = torch.bincount(data.clean[own], minlength=len(data.class_names))
             of_site = torch.arange(len(pictures))
             if pictures.site is not None:  # pictures of no site are everybody's
                 of_site = ((pictures.site == data.site_of[client]) | (pictures.site < 0)).nonzero().flatten()
@@ -332,17 +339,34 @@ class _Scored(Dataset):
             if len(found):
                 self.sets.append((client, of_site[found]))
 
+        self.items: list[list[int]] = []  # small sets come together
+        held = TOGETHER
+        for number, (_, own) in enumerate(self.sets):
+            held += len(own)
+            if held > TOGETHER:
+                self.items.append([])
+                held = len(own)
+            self.items[-1].append(number)
+
     def __len__(self) -> int:
-        return len(self.sets)
+        return len(self.items)
 
     def batch(self, indices: list[int], generator: torch.Generator) -> dict[str, Any]:
-        client, rows = self.sets[indices[0]]
-        image, kinds = self.pictures.image[rows], len(self.data.hparams.shifts)
-        if client >= 0:
-            image = self.data._shifted(image, client)
-        elif kinds:  # the server's set holds every kind in turn
-            image = torch.stack([self.data._shifted(one[None], i % kinds)[0] for i, one in enumerate(image)])
-        return {"image": image, "label": self.pictures.label[rows], "client": [client], "size": [len(rows)]}
+        chosen = [self.sets[number] for index in indices for number in self.items[index]]
+        rows = torch.cat([own for _, own in chosen])
+        image = torch.cat([self._seen(client, self.pictures.image[own]) for client, own in chosen])
+        sizes = {"client": [client for client, _ in chosen], "size": [len(own) for _, own in chosen]}
+        return {"image": image, "label": self.pictures.label[rows], **sizes}
+
+    def _seen(self, client: int, image: Tensor) -> Tensor:
+        """Pictures as a client sees them; the server's set holds every kind in turn."""
+        kinds = len(self.data.hparams.shifts)
+        if client >= 0 or not kinds:
+            return self.data.shifted(image, client)
+        found = image.clone()
+        for kind in range(kinds):
+            found[kind::kinds] = self.data.shifted(image[kind::kinds], kind)
+        return found
 
 
 def shift(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:

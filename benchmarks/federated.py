@@ -1,0 +1,249 @@
+"""Federated rounds: clients together against one by one, many clients, and beside a plain loop over clients.
+
+Seconds and milliseconds are the process's own CPU time with one thread, which others' load enters little.
+"""
+
+import copy
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.measure import timed
+from zoo.engines.federated import FederatedModule
+from zoo.engines.federated.module import STACK_BELOW
+
+NETS: dict[str, tuple[Any, int, int, int]] = {  # net, channels, side, clients
+    "mlp_8x8": ({"name": "mlp", "hidden": [64]}, 1, 8, 20),
+    "mlp_28x28": ({"name": "mlp", "hidden": [200, 200]}, 1, 28, 20),
+    "cnn_8x8": ({"name": "cnn", "widths": [8, 16], "features": 32}, 1, 8, 20),
+    "cnn_28x28": ({"name": "cnn", "widths": [16, 32], "features": 64}, 1, 28, 10),
+    "cnn_32x32": ({"name": "cnn", "widths": [32, 64], "features": 64}, 3, 32, 10),
+    "resnet10_quarter": ({"name": "resnet10", "width": 16}, 3, 32, 5),
+    "resnet10": ("resnet10", 3, 32, 2),
+    "resnet18": ("resnet18", 3, 32, 2),
+}
+
+
+def a_round(clients: int, samples: int, channels: int, side: int) -> dict[str, Any]:
+    draws = torch.Generator().manual_seed(0)
+    count = clients * samples
+    return {
+        "image": torch.randint(256, (count, channels, side, side), generator=draws, dtype=torch.uint8),
+        "label": torch.randint(10, (count,), generator=draws),
+        "client": list(range(clients)),
+        "size": [samples] * clients,
+        "work": [1.0] * clients,
+        "seed": list(range(clients)),
+    }
+
+
+def module(net: Any, channels: int, side: int, clients: int, batch: int, **more: Any) -> FederatedModule:
+    torch.manual_seed(0)
+    sizes = {"in_channels": channels, "image_size": side, "num_clients": clients, "local_batch": batch}
+    norm = "group" if "resnet" in str(net) else "none"
+    found = FederatedModule(net=net, norm=norm, **sizes, **more)
+    object.__setattr__(found, "log", lambda *_, **__: None)
+    return found
+
+
+# ---- together or one by one -----------------------------------------------------------------------------------------
+
+
+def stacking(device: str = "cpu", names: list[str] | None = None) -> dict[str, Any]:
+    """Milliseconds of one client's local step, all clients of a round together against one by one."""
+    found: dict[str, Any] = {}
+    for name in names or NETS:
+        net, channels, side, clients = NETS[name]
+        for size in (8, 32) if "resnet1" not in name or "quarter" in name else (8,):
+            steps = 4 if clients > 2 else 1
+            batch = a_round(clients, size * steps, channels, side)
+            batch |= {k: v.to(device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+            runs, cost = {}, 0.0
+            for word, stack in (("together", clients), ("one_by_one", 1)):
+                model = module(net, channels, side, clients, size, stack=stack).to(device)
+                cost = model._cost()
+                down = model.broadcast()
+                runs[word] = lambda m=model, d=down, b=batch: m.local(b, d, range(len(b["client"])))
+            times = timed(runs, device, rounds=3)
+            row = {word: times[f"{word}_ms"] / (clients * steps) for word in runs}
+            found[f"{name}_batch{size}"] = {
+                "forward_operations": cost, "clients": clients,
+                "together_ms": row["together"], "one_by_one_ms": row["one_by_one"],
+                "speedup": row["one_by_one"] / row["together"],
+            }  # fmt: skip
+            print(f"{name}_batch{size}", json.dumps(found[f"{name}_batch{size}"]), file=sys.stderr, flush=True)
+    return found
+
+
+def crossover(rows: dict[str, Any]) -> dict[str, Any]:
+    """Where to stop stacking: the threshold that loses least over all rows, and what the rule in use loses."""
+    cases = [(row["forward_operations"], row["together_ms"], row["one_by_one_ms"]) for row in rows.values()]
+
+    def lost(threshold: float) -> float:
+        """Mean share of time above the better way."""
+        ratios = [(t if c <= threshold else o) / min(t, o) for c, t, o in cases]
+        return sum(ratios) / len(ratios) - 1
+
+    costs = sorted(cost for cost, _, _ in cases)
+    between = [0.0, *((a * b) ** 0.5 for a, b in itertools.pairwise(costs)), costs[-1] * 2]
+    best = min(between, key=lost)
+    return {
+        "best_threshold": best, "best_loses": lost(best), "stack_below": STACK_BELOW,
+        "stack_below_loses": lost(STACK_BELOW), "always_loses": lost(float("inf")), "never_loses": lost(0.0),
+    }  # fmt: skip
+
+
+# ---- many clients ---------------------------------------------------------------------------------------------------
+
+SCALE = ({"name": "cnn", "widths": [16, 32], "features": 64}, 1, 16, 16)  # net, channels, side, samples a client
+
+
+def scale_one(clients: int, algorithm: str, on_disk: bool, rounds: int = 3, per_round: int = 100) -> dict[str, float]:
+    """Rounds of so many clients of a total, in this process: seconds and MiB."""
+    net, channels, side, samples = SCALE
+    draws = torch.Generator().manual_seed(0)
+    before = _status("VmRSS")
+    start = time.process_time()
+    model = module(net, channels, side, clients, 8, algorithm=algorithm, state_on_disk=on_disk, momentum=0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        if on_disk:
+            model.states.to_disk(folder)
+        made, setup = time.process_time() - start, _status("VmHWM") - before
+        times = []
+        for number in range(rounds + 1):
+            batch = a_round(per_round, samples, channels, side)
+            batch["client"] = torch.randperm(clients, generator=draws)[:per_round].sort().values.tolist()
+            start = time.process_time()
+            model.training_step(batch, number)
+            times.append(time.process_time() - start)
+        return {
+            "clients": clients, "per_round": per_round, "setup_s": made, "round_s": sorted(times[1:])[rounds // 2],
+            "parameters": sum(p.numel() for p in model.model.parameters()), "peak_setup_mib": setup,
+            "peak_mib": _status("VmHWM") - before, "anonymous_mib": _status("RssAnon"),
+        }  # fmt: skip
+
+
+def _status(key: str) -> float:
+    """MiB of this process, from the kernel; the peak where there is no /proc."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def scale() -> dict[str, Any]:
+    """Each case in a process of its own."""
+    found = {}
+    cases = [("fedavg", False), ("scaffold", False), ("scaffold", True)]
+    for algorithm, on_disk in cases:
+        for clients in (200, 1000, 5000):
+            name = f"{algorithm}{'_disk' if on_disk else ''}_{clients}"
+            code = (
+                "import json, sys, benchmarks.federated as f; print(json.dumps(f.scale_one(*json.loads(sys.argv[1]))))"
+            )
+            done = subprocess.run(
+                [sys.executable, "-c", code, json.dumps([clients, algorithm, on_disk])], capture_output=True, text=True,
+                check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+            found[name] = json.loads(done.stdout.splitlines()[-1])
+            print(name, json.dumps(found[name]), file=sys.stderr, flush=True)
+    return found
+
+
+# ---- beside a plain loop --------------------------------------------------------------------------------------------
+
+
+def plain_round(net: torch.nn.Module, batch: dict[str, Any], hp: dict[str, Any]) -> Any:
+    """FedAvg as research code writes it: a copy of the net, a DataLoader and an optimiser for each client."""
+    states, first = [], 0
+    size, lr, momentum, decay = (hp[key] for key in ("local_batch", "lr", "momentum", "weight_decay"))
+    for samples in batch["size"]:
+        rows = slice(first, first + samples)
+        first += samples
+        data = TensorDataset(batch["image"][rows].float() / 255, batch["label"][rows])
+        local = copy.deepcopy(net)
+        optimizer = torch.optim.SGD(local.parameters(), lr, momentum, weight_decay=decay)
+        for image, label in DataLoader(data, size, shuffle=True):
+            optimizer.zero_grad()
+            F.cross_entropy(local(image), label).backward()
+            optimizer.step()
+        states.append(local.state_dict())
+    total = sum(batch["size"])
+    mean = {name: sum(s[name] * (n / total) for s, n in zip(states, batch["size"], strict=True)) for name in states[0]}
+    net.load_state_dict(mean)
+    return net
+
+
+def beside(names: tuple[str, ...] = ("mlp_8x8", "cnn_8x8", "cnn_28x28", "cnn_32x32")) -> dict[str, Any]:
+    """Milliseconds of a whole round of many clients, ours against the plain loop; 16 samples each in batches of 8."""
+    found = {}
+    for name in names:
+        net, channels, side, _ = NETS[name]
+        clients = 100 if side == 8 else 20
+        model = module(net, channels, side, clients, 8)
+        batch = a_round(clients, 16, channels, side)
+        plain, hp = copy.deepcopy(model.model), model._hp
+        runs = {
+            "ours": lambda m=model, b=batch: m.training_step(copy.copy(b), 0),
+            "plain": lambda n=plain, b=batch, h=hp: plain_round(n, b, h),
+        }
+        times = timed(runs, rounds=3)
+        found[name] = {"clients": clients, **times, "speedup": times["plain_ms"] / times["ours_ms"]}
+        print(name, json.dumps(found[name]), file=sys.stderr, flush=True)
+    return found
+
+
+def plot(figures: dict[str, Any], path: Path) -> None:
+    """Clients together or one by one over operations; memory over clients; rounds beside the plain loop."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
+    rows = figures["stacking"]
+    for size, mark in ((8, "o"), (32, "s")):
+        own = [row for name, row in rows.items() if name.endswith(f"batch{size}")]
+        left.plot([r["forward_operations"] for r in own], [r["speedup"] for r in own], mark, label=f"batches of {size}")
+    left.axhline(1, color="grey", lw=0.8)
+    left.axvline(figures["crossover"]["stack_below"], color="grey", lw=0.8, ls="--", label="STACK_BELOW")
+    left.set(xscale="log", xlabel="forward operations of a local batch", ylabel="times faster together", yscale="log")
+    left.set_yticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
+    left.yaxis.set_minor_formatter("")
+    left.set_title("clients together against one by one")
+    left.legend(fontsize=8)
+    for kind, label in (
+        ("fedavg", "FedAvg"), ("scaffold", "SCAFFOLD in memory"), ("scaffold_disk", "SCAFFOLD on disk"),
+    ):  # fmt: skip
+        own = [figures["scale"][f"{kind}_{n}"] for n in (200, 1000, 5000) if f"{kind}_{n}" in figures["scale"]]
+        middle.plot([r["clients"] for r in own], [r["anonymous_mib"] for r in own], "o-", label=label)
+    middle.set(xscale="log", xlabel="clients, 100 of them a round", ylabel="MiB after four rounds, mapped files apart")
+    middle.set_xticks([200, 1000, 5000], ["200", "1,000", "5,000"])
+    middle.xaxis.set_minor_formatter("")
+    middle.set_ylim(0)
+    middle.set_title("memory")
+    middle.legend(fontsize=8)
+    names = list(figures["beside"])
+    places = range(len(names))
+    for shift, who, label in ((-0.2, "plain", "plain loop, DataLoaders"), (0.2, "ours", "ours")):
+        values = [figures["beside"][n][f"{who}_ms"] / figures["beside"][n]["clients"] for n in names]
+        right.bar([p + shift for p in places], values, 0.4, label=label)
+    right.set_xticks(list(places), names, fontsize=8)
+    right.set(ylabel="ms of a client's round", yscale="log")
+    right.set_title("a round beside a plain loop")
+    right.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,286 @@
+"""A server and clients on machines of their own: what each does in a round, whatever carries their messages.
+
+The server runs the same `training_step` as the simulation, and only asks other machines where that would let clients
+work (`Machines`). A client's machine builds the same module with the rows of that client alone, and lets it work on its
+own samples (`at_client`). Who takes part and every random draw follow from the same seeds, so that rounds on machines
+give the weights that simulated rounds give.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+
+from zoo.core import ZooError
+from zoo.core.seeding import seed_from
+from zoo.engines.federated.aggregation import Message, nbytes
+from zoo.engines.federated.module import FederatedModule
+from zoo.engines.federated.schedule import sample_clients
+from zoo.engines.federated.state import holding
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Order:
+    """What the server tells a client beside the message that goes down.
+
+    Args:
+        number: rounds done before. seed: of this client in this round. work: share of its steps to do, in (0, 1].
+    """
+
+    number: int
+    seed: int
+    work: float = 1.0
+
+
+@dataclass
+class Answer:
+    """What comes back from a client: ``up``, each (1, ...), its number of samples, and means to log."""
+
+    up: Message
+    size: int
+    logs: dict[str, float] = field(default_factory=dict)
+
+
+Send = Callable[[Message, dict[int, Order]], Mapping[int, Answer | str]]
+"""Takes what goes down and the clients' orders; gives answers, or why there is none; the silent may be left out."""
+
+
+def round_seed(seed: int, per_epoch: int, number: int) -> int:
+    """The seed of a round as the simulation has it, of a DataModule with this seed and rounds an epoch."""
+    epoch, place = divmod(number, per_epoch)
+    order = torch.randperm(per_epoch, generator=torch.Generator().manual_seed(seed_from(seed, epoch)))
+    return seed_from(seed, epoch, int(order[place]))
+
+
+def surroundings(module: FederatedModule) -> Message:
+    """Buffers that are neither the net's nor the clients' nor counters: what a method holds for all, as a frame."""
+    apart = ("model.", "states.", "server.", "accuracy.")
+    saved = module.state_dict()
+    named = dict(module.named_buffers())
+    return {n: v for n, v in named.items() if n in saved and not n.startswith(apart) and n not in ("round", "sent")}
+
+
+def build_for(clients: Sequence[int], seed: int, build: Callable[[], Any]) -> FederatedModule:
+    """The module as the machine of these clients (none: the server) has it; initial weights follow from ``seed``.
+
+    Raises:
+        ZooError: for a method that needs all clients' states in one place.
+    """
+    with holding(clients), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = build()
+    if not isinstance(module, FederatedModule):
+        raise ZooError(f"{type(module).__name__} is no FederatedModule; only those run on many machines.")
+    return module
+
+
+# ---- a client's machine ---------------------------------------------------------------------------------------------
+
+
+def at_client(
+    module: FederatedModule,
+    client: int,
+    own: dict[str, Any],
+    down: Message,
+    kept: Message,
+    order: Order,
+    around: Message | None = None,
+) -> tuple[Answer, Message]:
+    """One client's part of a round; what goes up, and what stays here until the next.
+
+    Args:
+        module: of `build_for` with this client.
+        own: all its samples as the DataModule's ``gather([client])`` gives them.
+        kept: what the last round left here, each (1, ...); ``{}`` at first. around: the server's `surroundings`.
+    """
+    device = module.device
+    down, own = move_data_to_device((down, own), device)
+    enter(module, down, around or {}, order.number)
+    module.states.write([client], kept)
+    batch = {**own, "client": [client], "work": [order.work], "seed": [order.seed]}
+    up, stays, logs = module.local(batch, down, [0])
+    module.states.write([client], stays)
+    means = {name: float(value.float().mean()) for name, value in logs.items()}
+    return Answer(up, sum(own["size"]), means), module.states.read([client])
+
+
+@torch.no_grad()
+def enter(module: FederatedModule, down: Message, around: Message, number: int) -> None:
+    """Make a module what the server's is at the beginning of a round."""
+    state = module.state_dict()
+    for name, value in (*down.items(), *around.items()):
+        if name in state and not name.startswith("states."):
+            state[name].copy_(value)
+    module.round.fill_(number)
+
+
+def own_test(batches: Iterable[dict[str, Any]], client: int) -> dict[str, Any] | None:
+    """The pictures that a client is tested on, out of the DataModule's sets to score; None where there are none."""
+    for batch in batches:
+        first = 0
+        for who, size in zip(batch["client"], batch["size"], strict=True):
+            if who == client:
+                return {key: batch[key][first : first + size] for key in ("image", "label")}
+            first += size
+    return None
+
+
+@torch.no_grad()
+def score(module: FederatedModule, client: int, test: dict[str, Any]) -> dict[str, float]:
+    """Accuracy of the global and of the client's own model on pictures of the client, and how many there are."""
+    module.eval()
+    image, label = move_data_to_device((test["image"], test["label"]), module.device)
+    hits = {"accuracy": 0, "personal_accuracy": 0}
+    for rows in torch.arange(len(label)).split(1024):
+        for name, who in (("accuracy", -1), ("personal_accuracy", client)):
+            hits[name] += int((module(image[rows], who).argmax(-1) == label[rows]).sum())
+    return {name: hit / max(len(label), 1) for name, hit in hits.items()} | {"samples": float(len(label))}
+
+
+# ---- the server -----------------------------------------------------------------------------------------------------
+
+
+class Machines:
+    """Rounds of a server whose clients are elsewhere.
+
+    Args:
+        module: of `build_for` without clients.
+        send: carries messages to the clients and back.
+        seed, per_epoch, per_round, dropout, stragglers: as the DataModule has them (``rounds`` is ``per_epoch``).
+        min_clients: answers that a round needs.
+    """
+
+    def __init__(
+        self,
+        module: FederatedModule,
+        send: Send,
+        *,
+        seed: int = 0,
+        per_epoch: int = 10,
+        per_round: int | None = None,
+        dropout: float = 0.0,
+        stragglers: float = 0.0,
+        min_clients: int = 1,
+    ):
+        self.module, self.send, self.seed, self.per_epoch = module, send, seed, per_epoch
+        self.clients = module.states.clients
+        self.per_round = per_round or self.clients
+        self.dropout, self.stragglers, self.min_clients = dropout, stragglers, min_clients
+        if not 1 <= min_clients <= self.per_round:
+            raise ZooError(f"min_clients is {min_clients}; it must be between 1 and {self.per_round}, those asked.")
+        self.silent: dict[int, str] = {}
+        self.wire = 0
+
+    def step(self) -> dict[str, float]:
+        """One round; what a client's training logged, as weighted means, and "answered".
+
+        Raises:
+            ZooError: if fewer than ``min_clients`` answered; the global weights are then as they were.
+        """
+        number = int(self.module.round)
+        seed = round_seed(self.seed, self.per_epoch, number)
+        ids, work = sample_clients(self.clients, self.per_round, seed, self.dropout, self.stragglers)
+        # how many samples a client has is known when it answers
+        seeds = [seed_from(seed, i) for i in ids]
+        batch: dict[str, Any] = {"client": ids, "work": work, "seed": seeds, "size": [0] * len(ids)}
+        found: dict[str, float] = {}
+        with _instead(self.module, local=self._ask, log=lambda name, value, **_: found.update({name: float(value)})):
+            self.module.train()
+            try:
+                self.module.training_step(batch, number)
+            except KeyError as error:
+                raise ZooError(
+                    f"{type(self.module).__name__} reads {error} of clients' samples on the server, where there are "
+                    "none: it cannot run on machines of their own."
+                ) from error
+        return {**found, "answered": float(sum(share > 0 for share in batch["work"]))}
+
+    def _ask(self, batch: dict[str, Any], down: Message, rows: Sequence[int]) -> tuple[Message, Message, Message]:
+        """In the place of `FederatedModule.local`: the clients work elsewhere, and what is theirs stays there."""
+        number, device = int(self.module.round), self.module.device
+        orders = {batch["client"][row]: Order(number, batch["seed"][row], batch["work"][row]) for row in rows}
+        answers = self.send(down, orders)
+        self.silent = {}
+        good: dict[int, Answer] = {}
+        forms = Counter(_form(answer) for answer in answers.values() if isinstance(answer, Answer))
+        common = dict(forms.most_common(1)[0][0]) if forms else {}
+        for row in rows:
+            client = batch["client"][row]
+            answer = answers.get(client, "no answer in time")
+            fault = answer if isinstance(answer, str) else self._fault(answer, common)
+            if fault or isinstance(answer, str):
+                self.silent[client], batch["work"][row] = fault, 0.0
+                log.warning("Round %d goes on without client %d: %s", number + 1, client, fault)
+                continue
+            good[client], batch["size"][row] = answer, answer.size
+        self.wire += len(orders) * nbytes(down) + sum(nbytes(answer.up) for answer in good.values())
+        if len(good) < self.min_clients:
+            reasons = "; ".join(f"client {client}: {fault}" for client, fault in list(self.silent.items())[:3])
+            raise ZooError(
+                f"Round {number + 1}: {len(good)} of {len(orders)} clients answered, min_clients is "
+                f"{self.min_clients}. {reasons}"
+            )
+        first = next(iter(good.values()))
+        up = {name: torch.cat([answer.up[name] for answer in good.values()]).to(device) for name in first.up}
+        every = [name for name in first.logs if all(name in answer.logs for answer in good.values())]
+        logs = {name: torch.tensor([answer.logs[name] for answer in good.values()], device=device) for name in every}
+        return up, {}, logs
+
+    def _fault(self, answer: Answer, common: Mapping[str, tuple[int, ...]]) -> str:
+        """What is wrong with an answer: it must look as most do, and like the net, and be finite; "" if nothing is."""
+        shapes, own = dict(_form(answer)), self.module.state_dict()
+        expected = {n: (1, *own[n].shape) if n.startswith("model.") and n in own else s for n, s in common.items()}
+        far = [n for n in sorted({**expected, **shapes}) if shapes.get(n) != expected.get(n)]
+        if far:
+            return f"its message does not fit: {far[0]} is {shapes.get(far[0])}, expected {expected.get(far[0])}"
+        wild = [n for n, v in answer.up.items() if v.is_floating_point() and not bool(v.isfinite().all())]
+        if wild:
+            return f"its message holds NaN or infinite numbers ({wild[0]})"
+        return "" if answer.size > 0 else "it has no samples"
+
+
+def _form(answer: Answer) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, tuple(value.shape)) for name, value in sorted(answer.up.items()))
+
+
+@contextmanager
+def _instead(module: Any, **functions: Callable[..., Any]) -> Iterator[None]:
+    """A module some of whose methods are others for a while."""
+    for name, function in functions.items():
+        object.__setattr__(module, name, function)
+    try:
+        yield
+    finally:
+        for name in functions:
+            object.__delattr__(module, name)
+
+
+def merge_classes(lists: Sequence[Sequence[str]]) -> list[str]:
+    """Names of the classes of all sites: their common order where it is one, else sorted, numbers by value."""
+    if all(list(names) == list(lists[0]) for names in lists):
+        return list(lists[0])
+    every = {name for names in lists for name in names}
+    return sorted(every, key=lambda name: (0, int(name), name) if name.isdigit() else (1, 0, name))
+
+
+def relabel(label: Tensor, own: Sequence[str], common: Sequence[str]) -> Tensor:
+    """A site's labels as numbers of the common classes; -1 (unknown) stays.
+
+    Raises:
+        ZooError: for a class that the common ones lack.
+    """
+    if list(own) == list(common):
+        return label
+    missing = [name for name in own if name not in common]
+    if missing:
+        raise ZooError(f"Class {missing[0]!r} is not among the common ones: {', '.join(common)}.")
+    table = torch.tensor([*map(list(common).index, own), -1])
+    return table[label]
