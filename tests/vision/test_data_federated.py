@@ -414,3 +414,14 @@ def test_real_digits(zoo_data: Any) -> None:
     found = read_pictures(zoo_data("digits"))
     assert found.sites == ["mnist", "usps"] and found.train.image.shape == (67291, 1, 28, 28)
     assert found.train.image[-1].float().mean() > 20
+
+
+def test_a_division_is_drawn(tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    from zoo.vision.federated.drawing import draw_partition
+
+    path = draw_partition(Data(clients=7, alpha=0.2), tmp_path / "new" / "division.png")
+    assert matplotlib.image.imread(path).shape[2] == 4
+    write_sites(tmp_path)
+    natural = Data(root=str(tmp_path), clients=None, partition="natural")
+    assert draw_partition(natural, tmp_path / "sites.svg").read_text().count("north") == 1
