@@ -119,7 +119,16 @@ def causes() -> dict[Path, str]:
 def main(argv: list[str] | None = None) -> int:
     """Write the generated files, or with ``--check`` name those that are stale and return 1."""
     check = "--check" in (sys.argv[1:] if argv is None else argv)
-    files = {**faces(), catalogue.ROOT.parent / "METHODS.md": methods(), **cards(), **causes(), **tables.page()}
+    made = [causes]  # first: what follows quotes them
+    made += [lambda: {**faces(), catalogue.ROOT.parent / "METHODS.md": methods(), **cards(), **tables.page()}]
+    found = False
+    for make in made:
+        found |= _write(make(), check)
+    return 1 if check and found else 0
+
+
+def _write(files: dict[Path, str], check: bool) -> bool:
+    """Write the files that are stale, or with ``check`` name them; whether there were any."""
     stale = [path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if check:
@@ -127,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             path.write_text(files[path], encoding="utf-8")
             print(f"wrote {path.relative_to(catalogue.ROOT.parent)}")
-    return 1 if check and stale else 0
+    return bool(stale)
 
 
 if __name__ == "__main__":
