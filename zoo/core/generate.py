@@ -119,12 +119,9 @@ def causes() -> dict[Path, str]:
 def main(argv: list[str] | None = None) -> int:
     """Write the generated files, or with ``--check`` name those that are stale and return 1."""
     check = "--check" in (sys.argv[1:] if argv is None else argv)
-    made = [causes]  # first: what follows quotes them
-    made += [lambda: {**faces(), catalogue.ROOT.parent / "METHODS.md": methods(), **cards(), **tables.page()}]
-    found = False
-    for make in made:
-        found |= _write(make(), check)
-    return 1 if check and found else 0
+    stale = _write(causes(), check)  # first: the pages quote them
+    stale |= _write({**faces(), catalogue.ROOT.parent / "METHODS.md": methods(), **cards(), **tables.page()}, check)
+    return 1 if check and stale else 0
 
 
 def _write(files: dict[Path, str], check: bool) -> bool:
