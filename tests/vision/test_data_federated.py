@@ -84,7 +84,7 @@ def test_divisions_are_of_their_kind() -> None:
     assert uneven.std(0).mean() > 3 * even.std(0).mean() and even.min() >= 5
     sizes = counts("quantity", alpha=0.5).sum(1).float()
     assert sizes.std() > 40
-    assert counts("quantity", alpha=0.5, min_size=30).sum(1).min() >= 30
+    assert counts("quantity", alpha=2.0, min_size=30).sum(1).min() >= 30
 
 
 def test_impossible_divisions_are_refused() -> None:

@@ -42,8 +42,9 @@ class FederatedClassificationDataModule(ZooDataModule):
     Args:
         clients: how many there are; None takes the sites of a set that has them.
         partition: how training samples are divided: "dirichlet" (each class by shares drawn from Dirichlet(alpha)),
-            "classes" (each client has ``classes_per_client``, or fewer where these don't divide k), "shards" (two contiguous shards of the sorted labels
-            each), "quantity" (sizes from Dirichlet(alpha), classes alike), "iid", or "natural" (the set's own sites).
+            "classes" (each client has ``classes_per_client``, or fewer where these don't divide k), "shards" (two
+            contiguous shards of the sorted labels each), "quantity" (sizes from Dirichlet(alpha), classes alike),
+            "iid", or "natural" (the set's own sites).
         alpha: concentration; small is uneven.
         min_size: samples that each client has at least; the draw is repeated until it holds.
         classes_per_client: for "classes".
