@@ -1,8 +1,9 @@
 """Differences, and time and memory of a few calls beside each other."""
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,16 @@ def error(ours: Tensor, theirs: Tensor) -> float:
     """max |ours - theirs| / max |theirs|."""
     ours, theirs = ours.detach(), theirs.detach()
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
+
+
+@contextlib.contextmanager
+def float64(wanted: bool = True) -> Iterator[None]:
+    """New tensors and networks are of double precision within, if ``wanted``."""
+    torch.set_default_dtype(torch.float64 if wanted else torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def in_turns(runs: Mapping[str, Callable[[], Any]], device: str = "cpu", rounds: int = 3) -> dict[str, float]:

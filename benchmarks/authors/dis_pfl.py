@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import error, in_turns
+from benchmarks.measure import error, float64, in_turns
 from zoo.core.seeding import seed_from
 from zoo.engines.federated import Samples, local_batches
 from zoo.vision.federated.dis_pfl import DisPFL, layer_densities
@@ -43,15 +43,6 @@ def _package(checkout: Path) -> Iterator[Any]:
         for name in set(sys.modules) - before:
             if name.split(".")[0] in ("fedml_api", "fedml_core"):
                 del sys.modules[name]
-
-
-@contextlib.contextmanager
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def _arguments(ours: DisPFL, **changes: Any) -> SimpleNamespace:
@@ -211,7 +202,7 @@ def compare(checkout: Path) -> dict[str, float]:
         # The paper's network: forward, loss, gradients, one step of one client within its mask.
         # torch's float32 norm of so many gradients, which they clip by, is itself off by 1e-4: the step in float64.
         found |= {f"network_{key}": value for key, value in _network(package).items() if key != "step"}
-        with _float64():
+        with float64():
             found["network_float64_step"] = _network(package)["step"]
 
         # Whole rounds: sparse models among random peers, regrown by gradient or at random; frozen masks; full and ring.

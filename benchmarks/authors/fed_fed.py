@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import zoo.vision.federated.fed_fed as method
-from benchmarks.measure import error, in_turns
+from benchmarks.measure import error, float64, in_turns
 from zoo.engines.federated import Clients, average
 from zoo.vision.federated.fed_fed import FedFed, balanced, draw_noise, joint_loss, mosaics, our_name
 
@@ -49,15 +49,6 @@ def _package(checkout: Path) -> Iterator[Any]:
         sys.modules.pop("torch.utils.tensorboard", None)
         if "torch.utils.tensorboard" in before:
             sys.modules["torch.utils.tensorboard"] = before["torch.utils.tensorboard"]
-
-
-@contextlib.contextmanager
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 @contextlib.contextmanager
@@ -252,7 +243,7 @@ def compare(checkout: Path) -> dict[str, float]:
         found["gradients"] = error(*(torch.cat(side) for side in zip(*pairs, strict=True)))
 
         # A client's whole local epoch with AdamW, which makes steps of the size of the rate out of rounding: float64.
-        with _float64():
+        with float64():
             for label, kind in (("ordinary", None), ("few", 1), ("one_class", 2)):
                 torch.manual_seed(1)
                 client, ours, losses, own_losses = _distilled(package, kind)
@@ -292,7 +283,7 @@ def compare(checkout: Path) -> dict[str, float]:
         found["pool_counts"] = error(*counts) + float(len(places) != len(drawn))
 
         # Two steps of the last phase: the norms' biases begin at 0, and are mostly rounding in float32.
-        with _float64():
+        with float64():
             found["last_phase_float64_step"] = _last_phase(package)
         # Averaging three clients.
         nets = [package.resnet.ResNet10(_args(), num_classes=10).state_dict() for _ in range(3)]

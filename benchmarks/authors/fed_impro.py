@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import error, in_turns
+from benchmarks.measure import error, float64, in_turns
 from zoo.vision.federated.fed_impro import FedImpro, _name
 
 PACKAGES = ("trainers", "utils", "loss_fn", "lr_scheduler", "model", "optim", "timers", "recorders", "configs")
@@ -220,15 +220,6 @@ class Pair:
     """Samples of each class of the clients that are not in the round."""
 
 
-@contextlib.contextmanager
-def _dtype(dtype: torch.dtype) -> Iterator[None]:
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def _round(pair: Pair, label: str) -> dict[str, float]:
     """A whole round: clients' steps, their Gaussians, and what the server makes of them."""
     batch = pair.batch()
@@ -281,7 +272,7 @@ def compare(checkout: Path) -> dict[str, float]:
         found |= {f"resnet18.{k}": v for k, v in _first_step(pair).items()}
         for dtype in (torch.float32, torch.float64):
             end = "_float64" if dtype == torch.float64 else ""
-            with _dtype(dtype):
+            with float64(dtype == torch.float64):
                 for schedule in ("default", "gradual", "gradual2half", "gradualhalfhalf", "milestone"):
                     options = {**small, "fed_split_feature_weight_sched": schedule}
                     options["fed_split_feature_weight_max_epochs"] = 4

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import error, in_turns
+from benchmarks.measure import error, float64, in_turns
 from zoo.core.seeding import seed_from
 from zoo.engines.federated import Samples, local_batches
 from zoo.vision.federated.fed_ld import FedLD, margin_penalty, principal_mean
@@ -48,15 +48,6 @@ def _package(checkout: Path) -> Iterator[Any]:
         for name in set(sys.modules) - before:
             if name.split(".")[0] in MODULES:
                 del sys.modules[name]
-
-
-@contextlib.contextmanager
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 class _Pair(nn.Module):
@@ -214,7 +205,7 @@ def compare(checkout: Path) -> dict[str, float]:
         found |= {f"network_{key}": value for key, value in _network(package).items()}
 
         # One aggregation; whole rounds of five clients: a CNN, and one with batch norm, whose statistics go along.
-        for label, context in (("", contextlib.nullcontext), ("float64_", _float64)):
+        for label, context in (("", contextlib.nullcontext), ("float64_", float64)):
             with context():
                 for clients, keep in ((2, 0.5), (5, 0.8), (12, 0.8), (5, 1.0)):
                     found[f"aggregate_{label}{clients}_{keep:g}"] = _aggregation(package, clients, keep)

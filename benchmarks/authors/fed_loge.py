@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.measure import error, in_turns
+from benchmarks.measure import error, float64, in_turns
 from zoo.engines.federated import local_batches
 from zoo.vision.federated.fed_loge import FedLoGe, equiangular, shots, spread
 
@@ -302,15 +302,6 @@ def _classifier(modules: Any, features: int, classes: int, steps: int) -> dict[s
     return found | {"spread": error(own, after), "spread_way": error(own - start, after - start)}
 
 
-@contextlib.contextmanager
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def compare(checkout: Path) -> dict[str, float]:
     """Largest relative errors in float32, of single steps and of whole rounds."""
     found: dict[str, float] = {}
@@ -340,7 +331,7 @@ def compare(checkout: Path) -> dict[str, float]:
         modules.etf.ETF_Classifier.generate_random_orthogonal_matrix = lambda self, d, k: torch.from_numpy(
             np.linalg.qr(np.random.random((d, k)))[0]
         )
-        with _float64():
+        with float64():
             found["classifier_float64_200_steps"] = _classifier(modules, 512, 10, 200)["spread_way"]
         modules.etf.ETF_Classifier.generate_random_orthogonal_matrix = patched
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.measure import error, in_turns
+from benchmarks.measure import error, float64, in_turns
 from zoo.graph.node.data_tokens import Rows, averages, exact_sequences, quantile_labels
 from zoo.graph.node.large_gt import LargeGT, _names
 
@@ -193,15 +193,6 @@ def _run(package: Any, kind: str, norm: str = "batch", steps: int = 1, spread: b
     return found
 
 
-@contextlib.contextmanager
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def compare(checkout: Path) -> dict[str, float]:
     """Largest relative errors in float32, dropout off; in float64 (so labelled) also the weights after steps of Adam,
     which moves a weight by the sign of its gradient at first, and some gradients are all rounding. At the paper's size
@@ -222,7 +213,7 @@ def compare(checkout: Path) -> dict[str, float]:
         paper: dict[str, Any] = {"sizes": {**large, "num_centroids": 4096}, "k": 10, "nodes": 200}
         figures = _run(model, "full", spread=True, **paper)
         note("paper", {key: value for key, value in figures.items() if key != "gradients"})
-        with _float64():
+        with float64():
             note("paper_float64", _run(model, "full", spread=True, **paper))
             for kind in ("full", "local", "global"):
                 note(f"{kind}_float64", _run(model, kind, steps=3, spread=True))
@@ -291,7 +282,7 @@ def golden(checkout: Path) -> dict[str, Tensor]:
     """A tiny batch, their weights, and what their code makes of both in the three forms, in float64."""
     tensors: dict[str, Tensor] = {}
     sizes = {"in_channels": 5, "hidden_channels": 6, "out_channels": 3, "global_dim": 4, "heads": 2, "num_centroids": 7}
-    with _package(checkout) as (model, _, _), _float64():
+    with _package(checkout) as (model, _, _), float64():
         for kind in ("full", "local", "global"):
             torch.manual_seed(0)
             theirs = _theirs(model, kind, nodes=20, sizes=sizes, k=4)

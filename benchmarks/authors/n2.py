@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.measure import error, in_turns
+from benchmarks.measure import error, float64, in_turns
 from zoo.graph.node.n2 import N2, _names, _ours
 
 SIZES = {"d_model": 24, "q_dim": 8, "n_q": 4, "n_pnode": 12, "T": 3}
@@ -34,15 +34,6 @@ def _package(checkout: Path) -> Iterator[Any]:
         for name in set(sys.modules) - before:
             if name.split(".")[0] == "model":
                 del sys.modules[name]
-
-
-@contextlib.contextmanager
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def _graph(n: int = 30, f: int = 10, classes: int = 3, edges: int = 60, seed: int = 1) -> dict[str, Any]:
@@ -188,7 +179,7 @@ def compare(checkout: Path) -> dict[str, float]:
         theirs, large = modules.N2Node(**{**PAPER, "d_in": 745, "nclass": 8}), _graph(400, 745, 8, 2000)
         assert sum(p.numel() for p in theirs.parameters()) == 548280
         note("paper", {key: value for key, value in _run(theirs, _method(theirs), large).items() if key != "step"})
-        with _float64():
+        with float64():
             torch.manual_seed(8)
             theirs, large = modules.N2Node(**{**PAPER, "d_in": 745, "nclass": 8}), _graph(400, 745, 8, 2000)
             found["paper_float64_step"] = _run(theirs, _method(theirs), large)["step"]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.measure import error, in_turns, peak
+from benchmarks.measure import error, float64, in_turns, peak
 from zoo.vision.federated.scool import SCooL, block_model, group_partition
 
 AUTHORS = {"authors_sums": True, "authors_pruned": True, "authors_relu": True}
@@ -68,15 +68,6 @@ def _scripts(checkout: Path) -> Iterator[Callable[[str], Any]]:
         file = getattr(sys.modules[name], "__file__", None) or ""
         if file.startswith(str(checkout)):
             del sys.modules[name]
-
-
-@contextlib.contextmanager
-def _float64(wanted: bool) -> Iterator[None]:
-    torch.set_default_dtype(torch.float64 if wanted else torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 # ---- ours, noting what it draws --------------------------------------------------------------------------------------
@@ -375,12 +366,12 @@ def compare(checkout: Path) -> dict[str, float]:
     found = {**_networks(checkout), "partition": _partition(checkout)}
     for prior, given in (("sbm", {"lr": 0.05}), ("attention", {"lr": 0.05, "scale": 2.0, "momentum": 0.0})):
         for wide in (False, True):
-            with _float64(wide):
+            with float64(wide):
                 figures = _both(checkout, 3, prior=prior, num_clients=4, **given)
             # moved weights are differences of nearly equal numbers, Adam's first steps nearly signs: judged in float64
             keep = {k: v for k, v in figures.items() if wide or not k.startswith(("update", "encoder"))}
             found |= {f"{prior}{'_float64' if wide else ''}_{k}": v for k, v in keep.items()}
-    with _float64(True):
+    with float64(True):
         figures = _both(checkout, 3, prior="sbm", num_clients=4, lr=0.1, scale=2.0, weight_decay=5e-4, stack=1)
     return found | {f"weight_decay_float64_{k}": v for k, v in figures.items()}
 
@@ -392,7 +383,7 @@ def golden(checkout: Path) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for prior in ("sbm", "attention"):
-        with _float64(prior == "attention"):
+        with float64(prior == "attention"):
             tensors |= {f"{prior}.{k}": v.detach().contiguous() for k, v in _record(checkout, prior).items()}
     return tensors
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.measure import error, in_turns
+from benchmarks.measure import error, float64, in_turns
 from zoo.core.seeding import seed_from
 from zoo.engines.federated import Clients, local_batches
 from zoo.engines.federated.algorithms import algorithm
@@ -280,15 +280,6 @@ def _round(code: Any) -> float:
     return max(error(now[name], value) for name, value in averaged.items() if value.is_floating_point())
 
 
-@contextlib.contextmanager
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 KINDS: dict[str, dict[str, Any]] = {
     "labelled": {"kind": "labelled"},
     "unlabelled": {"kind": "unlabelled"},
@@ -318,7 +309,7 @@ def compare(checkout: Path) -> dict[str, float]:
         for label, options in KINDS.items():
             found |= {f"{label}_{key}": value for key, value in _client(code, True, steps=1, **options).items()}
         # Batch norm over eight pictures is a bad case for float32: over several steps, and in the paper's network.
-        with _float64():
+        with float64():
             for label, options in KINDS.items():
                 found[f"{label}_float64_three_steps"] = _client(code, True, **options)["steps"]
             found["round_float64"] = _round(code)
@@ -331,7 +322,7 @@ def compare(checkout: Path) -> dict[str, float]:
 def golden(checkout: Path) -> dict[str, Tensor]:
     """The small network, three batches, and their steps on them as a labelled and an unlabelled client, in float64."""
     tensors: dict[str, Tensor] = {}
-    with _authors(checkout) as code, _float64():
+    with _authors(checkout) as code, float64():
         weak, strong, label = _pictures(3, 8, small=True)
         tensors |= {"weak": weak, "strong": strong, "label": label}
         for kind in ("labelled", "unlabelled"):

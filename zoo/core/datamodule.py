@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 
 import lightning
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from zoo.core.errors import ZooError
@@ -321,6 +322,11 @@ class _Seeded(Dataset):
         return [self[item] for item in items]
 
 
+def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
+    """The order of an epoch's samples, (size,) long."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed_from(seed, epoch)))
+
+
 class _Order(DistributedSampler):
     """Yields (index, epoch). Shards over ranks itself; being a DistributedSampler, Lightning leaves it alone."""
 
@@ -341,7 +347,7 @@ class _Order(DistributedSampler):
             yield from ((index, 0) for index in range(self.rank, size, self.num_replicas))  # type: ignore[arg-type]
             return
         epoch, done = self.source.position()
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(seed_from(self.seed, epoch)))
+        order = epoch_order(size, self.seed, epoch)
         total = len(self) * self.num_replicas
         order = order.repeat(math.ceil(total / size))[self.rank : total : self.num_replicas]
         for index in order[done * self.batch_size :].tolist():

@@ -6,7 +6,7 @@ lives on with a client (`state`), random views (`views`), and `remote` and `flow
 machines.
 """
 
-from zoo.engines.federated.aggregation import Message, average, gather, mix, nbytes
+from zoo.engines.federated.aggregation import Message, average, full_precision, gather, mix, nbytes
 from zoo.engines.federated.clients import Clients, clip, masked_mean
 from zoo.engines.federated.module import FederatedModule, Samples, pixels
 from zoo.engines.federated.schedule import local_batches, sample_clients
@@ -14,6 +14,6 @@ from zoo.engines.federated.state import ClientStates
 from zoo.engines.federated.views import Views
 
 __all__ = [
-    "ClientStates", "Clients", "FederatedModule", "Message", "Samples", "Views", "average", "clip", "gather",
-    "local_batches", "masked_mean", "mix", "nbytes", "pixels", "sample_clients",
+    "ClientStates", "Clients", "FederatedModule", "Message", "Samples", "Views", "average", "clip", "full_precision",
+    "gather", "local_batches", "masked_mean", "mix", "nbytes", "pixels", "sample_clients",
 ]  # fmt: skip

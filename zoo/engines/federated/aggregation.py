@@ -11,6 +11,11 @@ from torch import Tensor
 Message = dict[str, Tensor]
 
 
+def full_precision(x: Tensor) -> torch.autocast:
+    """No autocast on the device of ``x`` within; the meta device knows none anyway."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+
+
 def average(stacked: Mapping[str, Tensor], weights: Tensor) -> Message:
     """Weighted mean over clients; integer tensors (batch norm's counters) are rounded.
 
@@ -36,9 +41,7 @@ def mix(stacked: Mapping[str, Tensor], matrix: Tensor) -> Message:
 
 def _weighted(value: Tensor, matrix: Tensor) -> Tensor:
     kind = value.dtype if value.dtype in (torch.float32, torch.float64) else torch.float32
-    with torch.autocast(
-        "cpu" if value.is_meta else value.device.type, enabled=False
-    ):  # a mean in half precision would lose the update
+    with full_precision(value):  # a mean in half precision would lose the update
         found = matrix.to(value.device, kind) @ value.reshape(len(value), -1).to(kind)
     found = found.view(len(matrix), *value.shape[1:])
     return found.to(value.dtype) if value.is_floating_point() else found.round().to(value.dtype)

@@ -48,7 +48,6 @@ class Clients:
         if start is None:
             self.start = {name: value.clone() for name, value in self.start.items()}
         self.corrections: list[Correct] = []
-        self.steps = 0
         self._make = optimizer
         self._leaves: dict[str, Tensor] = {}
         self._optimizer: torch.optim.Optimizer | None = None
@@ -89,38 +88,36 @@ class Clients:
         found = one(self._leaves, fixed, {key: value[0] for key, value in batch.items()})
         return torch.utils._pytree.tree_map(lambda value: value[None], found)
 
-    def step(
-        self, loss: Function, batch: Mapping[str, Tensor], only: str | tuple[str, ...] = "", times: float = 1.0
-    ) -> dict[str, Tensor]:
+    def gradients(
+        self, loss: Function, batch: Mapping[str, Tensor], only: str | tuple[str, ...] = ""
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What ``loss`` gives, each (s,), and its gradients by parameter, each (s, ...); see `step`."""
+        found = self.call(loss, batch)
+        found = found if isinstance(found, dict) else {"loss": found}
+        names = [name for name in self._leaves if name.startswith(only)]
+        grads = torch.autograd.grad(found["loss"].sum(), [self._leaves[name] for name in names], allow_unused=True)
+        own = {n: g if self.stacked else g[None] for n, g in zip(names, grads, strict=True) if g is not None}
+        return {key: value.detach() for key, value in found.items()}, own
+
+    def step(self, loss: Function, batch: Mapping[str, Tensor], only: str | tuple[str, ...] = "") -> dict[str, Tensor]:
         """One optimiser step of every client.
 
         Args:
             loss: gives a scalar, or a dict of scalars of which "loss" is minimised.
             batch: the clients' local batches, each (s, b, ...).
             only: name prefixes of the parameters that learn; the others get no gradient, and their optimiser rests.
-            times: factor of the learning rate in this step.
         Returns:
             what ``loss`` gave, each (s,), detached.
         """
-        found = self.call(loss, batch)
-        found = found if isinstance(found, dict) else {"loss": found}
-        names = [name for name in self._leaves if name.startswith(only)]
-        grads = torch.autograd.grad(found["loss"].sum(), [self._leaves[name] for name in names], allow_unused=True)
-        own = {n: g if self.stacked else g[None] for n, g in zip(names, grads, strict=True) if g is not None}
+        found, own = self.gradients(loss, batch, only)
         for correct in self.corrections:
             own = correct(self, own)
         for name, leaf in self._leaves.items():
             grad = own.get(name)
             leaf.grad = grad if grad is None or self.stacked else grad[0]
         assert self._optimizer is not None
-        rates = [group["lr"] for group in self._optimizer.param_groups]
-        for group in self._optimizer.param_groups:
-            group["lr"] *= times
         self._optimizer.step()
-        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        self.steps += 1
-        return {key: value.detach() for key, value in found.items()}
+        return found
 
 
 class Bound(nn.Module):

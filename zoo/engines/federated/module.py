@@ -9,6 +9,7 @@ Index legend: s clients of a round, b samples of a local batch, n samples of all
 """
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -242,8 +243,8 @@ class FederatedModule(ZooModule):
 
     def broadcast(self) -> Message:
         """What the server sends to every client of a round, by name: each (...)."""
-        state = self.model.state_dict()
-        return self.algorithm.broadcast({f"model.{n}": v.detach() for n, v in state.items() if n in self._shared})
+        state, shared = self.model.state_dict(), self._shared
+        return self.algorithm.broadcast({f"model.{n}": v.detach() for n, v in state.items() if n in shared})
 
     def work(self, clients: Clients, samples: Samples, down: Message) -> dict[str, Tensor]:
         """What clients do in a round; returns what to log, each (s,). By default steps along `loss`."""
@@ -253,8 +254,9 @@ class FederatedModule(ZooModule):
         """What comes up from each client, and what stays with it until it is asked again: each (s, ...)."""
         steps = torch.tensor(samples.counts, dtype=torch.float32, device=self.device)
         up, kept = self.algorithm.finish(clients, samples.ids, steps, down)
-        up |= {f"model.{n}": v for n, v in clients.state.items() if n in self._shared}
-        kept |= {f"personal.{n}": v for n, v in clients.state.items() if n not in self._shared}
+        shared = self._shared
+        up |= {f"model.{n}": v for n, v in clients.state.items() if n in shared}
+        kept |= {f"personal.{n}": v for n, v in clients.state.items() if n not in shared}
         return up, kept
 
     def aggregate(self, down: Message, up: Message, weights: Tensor, batch: dict[str, Any]) -> None:
@@ -340,15 +342,16 @@ class FederatedModule(ZooModule):
         size = len(ids)
         shared = {n.removeprefix("model."): v for n, v in down.items() if n.startswith("model.")}
         state = {n: v.expand(size, *v.shape) for n, v in shared.items()}
-        own = self.states.read(ids, "personal.", self.device)
-        return state | {n: v for n, v in own.items() if n in self.personal_names}
+        own, personal = self.states.read(ids, "personal.", self.device), set(self.personal_names)
+        return state | {n: v for n, v in own.items() if n in personal}
 
     # ---- pieces -------------------------------------------------------------------------------------------------
 
     @property
     def personal_names(self) -> list[str]:
         """Names of parameters and buffers that never leave their client."""
-        return [name for name in self.model.state_dict() if name not in self._shared]
+        shared = self._shared
+        return [name for name in self.model.state_dict() if name not in shared]
 
     @property
     def _shared(self) -> set[str]:
@@ -363,7 +366,8 @@ class FederatedModule(ZooModule):
     @property
     def shared_parameters(self) -> list[str]:
         """Names of the parameters that are trained and sent."""
-        return [name for name, p in self.model.named_parameters() if p.requires_grad and name in self._shared]
+        shared = self._shared
+        return [name for name, p in self.model.named_parameters() if p.requires_grad and name in shared]
 
     def round_lr(self) -> float:
         """The clients' learning rate in this round."""
@@ -534,6 +538,4 @@ def pixels(image: Tensor) -> Tensor:
 
 
 def _defaults(cls: type) -> dict[str, Any]:
-    import inspect
-
     return {name: p.default for name, p in inspect.signature(cls).parameters.items()}

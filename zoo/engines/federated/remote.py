@@ -18,6 +18,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from zoo.core import ZooError
+from zoo.core.datamodule import epoch_order
 from zoo.core.seeding import seed_from
 from zoo.engines.federated.aggregation import Message, nbytes
 from zoo.engines.federated.module import FederatedModule
@@ -56,8 +57,7 @@ Send = Callable[[Message, dict[int, Order]], Mapping[int, Answer | str]]
 def round_seed(seed: int, per_epoch: int, number: int) -> int:
     """The seed of a round as the simulation has it, of a DataModule with this seed and rounds an epoch."""
     epoch, place = divmod(number, per_epoch)
-    order = torch.randperm(per_epoch, generator=torch.Generator().manual_seed(seed_from(seed, epoch)))
-    return seed_from(seed, epoch, int(order[place]))
+    return seed_from(seed, epoch, int(epoch_order(per_epoch, seed, epoch)[place]))
 
 
 def surroundings(module: FederatedModule) -> Message:

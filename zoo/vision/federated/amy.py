@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from zoo.engines.federated import Clients, FederatedModule, Message, Samples, masked_mean
+from zoo.engines.federated import Clients, FederatedModule, Message, Samples, full_precision, masked_mean
 from zoo.nn.classifiers import classifier
 
 __all__ = ["AMY", "FederatedModule", "agreement", "hypergraph", "pairwise_graph", "propagate", "rank_gap", "uncertain"]
@@ -39,11 +39,6 @@ SHOWN = ("backbone.", "classifier.")
 """What predicts: the rest of the network only helps to train it."""
 
 # ---- graphs on a batch ----------------------------------------------------------------------------------------------
-
-
-def whole_precision(x: Tensor) -> torch.autocast:
-    """No autocast on the device of ``x``."""
-    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 def neighbours(x: Tensor, mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -352,13 +347,13 @@ class AMY(FederatedModule):
         """How certain each given label is, (b,), and the refined ones, (b, k), without gradient."""
         hp = self.hparams
         full = torch.promote_types(x.dtype, torch.float32)  # distances and a linear system: no half precision
-        with whole_precision(x):
+        with full_precision(x):
             graph = GRAPHS[hp.graph](x.detach().to(full), mask, hp.neighbours)
         given = (label[:, None] == torch.arange(hp.num_classes, device=label.device)).to(graph)
         near = agreement(graph, given) if hp.label_agreement else None
         s = model.certainty(graph, x, near) if hp.uncertainty else torch.ones_like(x[:, 0])
         trust = s.detach()[:, None].to(full) if hp.uncertainty else 0.5
-        with whole_precision(x):
+        with full_precision(x):
             start = trust * given + (1 - trust) * z.detach().to(full).softmax(-1)
             said = propagate(graph, start, hp.propagate_alpha)
         another = said.amax(1) - (said * given).sum(1) > hp.refine_margin

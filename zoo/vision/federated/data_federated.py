@@ -1,6 +1,5 @@
 """Pictures on many sites: how a set is divided among clients, which of them take part in a round, what they test on."""
 
-import csv
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,7 @@ from zoo.core import ZooDataModule, ZooError, atomic_write
 from zoo.core.datamodule import Items, _identity, _Loader, _Order, _Seeded
 from zoo.core.seeding import seed_from
 from zoo.data.pictures import Pictures, PictureSet, fit, open_picture, read_pictures
+from zoo.data.plain import class_rows, write_csv
 from zoo.engines.federated.schedule import sample_clients
 
 TOGETHER = 4096
@@ -279,17 +279,10 @@ class FederatedClassificationDataModule(ZooDataModule):
 
     def write(self, predictions: Iterable[dict[str, Any]], path: Path) -> list[Path]:
         """``predictions.csv``: name, class and probability of each picture."""
-        out = path / "predictions.csv" if path.suffix != ".csv" else path
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(out) as part, part.open("w", newline="", encoding="utf-8") as handle:
-            writer = csv.writer(handle)
-            writer.writerow(["name", "class", "probability"])
-            for batch in predictions:
-                best = batch["probability"].max(-1)
-                for name, label, value in zip(batch["name"], best.indices.tolist(), best.values.tolist(), strict=True):
-                    known = self.class_names[label] if label < len(self.class_names) else str(label)
-                    writer.writerow([name, known, f"{value:.6f}"])
-        return [out]
+        names = self.class_names
+        found = ({**batch, "class": batch["probability"].argmax(-1)} for batch in predictions)
+        rows = ((name, names[c] if c < len(names) else str(c), p) for name, c, p in class_rows(found))
+        return write_csv(path, ["name", "class", "probability"], rows)
 
     # ---- loaders ------------------------------------------------------------------------------------------------
 

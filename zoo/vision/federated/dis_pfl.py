@@ -21,7 +21,6 @@ What one picture of nobody's is classified with (``client`` -1) is the mean over
 Index legend: s clients of a round, p peers, n weights of a tensor, t round.
 """
 
-import contextlib
 import copy
 import math
 from collections.abc import Mapping, Sequence
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 
 from zoo.core import ZooError
 from zoo.core.seeding import seed_from
-from zoo.engines.federated import Clients, FederatedModule, Message, Samples, local_batches
+from zoo.engines.federated import Clients, FederatedModule, Message, Samples, full_precision, local_batches
 from zoo.nn.classifiers import has_batch_norm
 
 CIFAR_MEAN, CIFAR_STD = [0.49139968, 0.48215827, 0.44653124], [0.24703233, 0.24348505, 0.26158768]
@@ -114,9 +113,7 @@ def owners_mean(weights: Tensor, masks: Tensor, peers: Tensor) -> Tensor:
     Shapes:
         weights: (p, ...), 0 outside the masks; masks: (p, ...) bool; peers: (s, p) 0 or 1; returns: (s, ...)
     """
-    kind = weights.device.type
-    # a run in bf16 must not average in it
-    with contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
+    with full_precision(weights):  # a run in bf16 must not average in it
         owned = peers @ masks.flatten(1).to(peers)
         found = (peers @ weights.flatten(1).to(peers)) / owned.clamp(min=1)
     return found.view(len(peers), *weights.shape[1:]).to(weights)
@@ -329,19 +326,11 @@ class DisPFL(FederatedModule):
         batch = samples.batch
         seeds = [seed_from(seed, "screen") for seed in batch["seed"]]
         plan = local_batches(batch["size"], seeds, self._hp["local_batch"], steps=1)
-        found: Message = {}
-
-        def note(_: Clients, grads: Message) -> Message:
-            found.update(grads)
-            return grads
-
-        look = Clients(self.model, clients.state, self.local_optimizer, clients.stacked)
-        look.corrections.append(note)
+        look = Clients(self.model, clients.state, self.local_optimizer, clients.stacked, start=clients.start)
         self.model.eval()
+        _, one = next(iter(Samples(self, batch, samples.rows, plan)))
         with torch.enable_grad():
-            for _, one in Samples(self, batch, samples.rows, plan):
-                look.step(self.loss, one, times=0.0)
-        return found
+            return look.gradients(self.loss, one)[1]
 
     def _draws(self, samples: Samples, masks: Message) -> Message:
         generators = [

@@ -368,9 +368,8 @@ class FedImpro(FederatedModule):
         if self._gaussians is not None:
             batch = self._with_gaussians(batch, count)
         state = {name: value.clone() for name, value in clients.state.items()}
-        probe = Clients(self.model, state, lambda p: torch.optim.SGD(p, lr=1.0), clients.stacked)
-        probe.step(self.loss, batch)
-        return {name: probe.start[name] - probe.state[name] for name in probe.start}
+        probe = Clients(self.model, state, self.local_optimizer, clients.stacked, start=clients.start)
+        return probe.gradients(self.loss, batch)[1]
 
     def broadcast(self) -> Message:
         down = super().broadcast()

@@ -18,7 +18,6 @@ With ``margin`` 0 and ``principal`` 0 this is FedAvg.
 Index legend: m clients that answered, d numbers of a tensor, b samples of a local batch, k classes, T tensors.
 """
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -29,7 +28,7 @@ from torch.nn import functional as F
 
 from zoo.core import ZooError, unwrap
 from zoo.core.errors import nearest
-from zoo.engines.federated import Clients, FederatedModule, Message, average, masked_mean, pixels
+from zoo.engines.federated import Clients, FederatedModule, Message, average, full_precision, masked_mean, pixels
 
 # ---- the two ideas --------------------------------------------------------------------------------------------------
 
@@ -85,9 +84,7 @@ def principal_mean(updates: Mapping[str, Tensor], share: float, ready: Tensor) -
     flat = {name: value.flatten(1) for name, value in updates.items()}
     if not flat:
         return {}
-    kind = ready.device.type
-    # a run in bf16 must not combine in it
-    with contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
+    with full_precision(ready):  # a run in bf16 must not combine in it
         return _principal_mean(updates, flat, share, ready)
 
 

@@ -26,7 +26,6 @@ Index legend: s clients, b samples of a local batch, n samples, k classes, d fea
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -38,7 +37,16 @@ from torch.nn import functional as F
 
 from zoo.core import ZooError, unwrap
 from zoo.core.seeding import seed_from
-from zoo.engines.federated import Clients, FederatedModule, Message, Samples, gather, masked_mean, pixels
+from zoo.engines.federated import (
+    Clients,
+    FederatedModule,
+    Message,
+    Samples,
+    full_precision,
+    gather,
+    masked_mean,
+    pixels,
+)
 from zoo.engines.federated.module import ClientAccuracy
 
 __all__ = ["GGEUR", "FederatedModule", "anchors", "embed", "factor", "guide_set", "pool"]
@@ -538,7 +546,7 @@ class GGEUR(FederatedModule):
             if len(found) == len(image) and torch.equal(kept, mark) and found.device == image.device:
                 self._features.move_to_end(key)
                 return found
-        with _full_precision(image):
+        with full_precision(image):
             parts = [self.encode(self.normalise(pixels(part))) for part in image.split(self.hparams.chunk)]
             found = torch.cat(parts)
         if not image.is_meta:
@@ -563,7 +571,7 @@ class GGEUR(FederatedModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         if self.exchanges and not batch["image"].is_meta:
-            with torch.no_grad(), _full_precision(batch["image"]):
+            with torch.no_grad(), full_precision(batch["image"]):
                 self.exchange(batch)
         super().training_step(batch, batch_idx)
 
@@ -710,7 +718,7 @@ class GGEUR(FederatedModule):
         found = []
         for first in range(0, len(order), size):
             part = order[first : first + size]
-            with _full_precision(batch["image"]):
+            with full_precision(batch["image"]):
                 sets = [
                     self.fill(*self._of(batch, row), client=batch["client"][row], seed=batch["seed"][row])
                     for row in part
@@ -811,8 +819,3 @@ def _forget(module: nn.Module, _: Any) -> None:
     own: Any = module
     own._features.clear()
     own._factors = None
-
-
-def _full_precision(like: Tensor) -> AbstractContextManager[None]:
-    """No autocast on the device of ``like`` (the meta device knows none)."""
-    return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)  # type: ignore[return-value]

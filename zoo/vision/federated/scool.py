@@ -44,6 +44,7 @@ from zoo.engines.federated import (
     Message,
     Samples,
     average,
+    full_precision,
     gather,
     local_batches,
     mix,
@@ -413,7 +414,7 @@ class SCooL(FederatedModule):
     def aggregate(self, down: Message, up: Message, weights: Tensor, batch: dict[str, Any]) -> None:
         """E-step and M-step among the clients that answered; the mean of all clients' models is the global one."""
         ids = batch["client"]
-        with torch.autocast("cpu" if self.device.type == "meta" else self.device.type, enabled=False):
+        with full_precision(weights):
             before = self.states.read(ids, "personal.", self.device)
             after = {name: up[f"model.{name}"] for name in before}
             w = self.cooperate(after, weights, batch)
