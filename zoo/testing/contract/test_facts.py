@@ -145,6 +145,8 @@ def test_verdicts_follow_from_their_figures(name: str) -> None:
         assert evidence["checks"] == checks, f"{label}: the recorded checks are not what its figures give"
         assert evidence["holds"] is all(check["holds"] for check in checks)
         assert evidence["holds"] or evidence["cause"], f"{label} does not hold: its recipe must say the cause"
+        held = evidence["holds"] and results.recipe_of(label).get("cause")
+        assert not held, f"{label} holds: its recipe still gives a cause why it does not"
         assert len(evidence["seeds"]) >= 3 and all(len(a) == len(evidence["seeds"]) for a in evidence["arms"].values())
 
 
