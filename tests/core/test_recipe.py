@@ -128,23 +128,9 @@ def test_one_seed_confirms_evidence_after_a_change(
     assert {**again, "confirmed": None} == {**whole, "confirmed": None}
     assert "the same figures" in "\n".join(tables._claim("Line", again))
 
-    trained = whole["arms"]["trained"]
-    losses = [trained[seed]["test/loss"] for seed in "012"]
-    trained["0"]["test/loss"] += 0.5 * (max(losses) - min(losses))
+    whole["arms"]["trained"]["0"]["test/loss"] *= 1.001
     results.record(file, whole, drop=("confirmed",))
     capsys.readouterr()
-    assert main([*run, "--confirm"]) == 0
-    assert "within the spread of the recorded seeds" in capsys.readouterr().out
-    again = results.read("Line")
-    assert not again["confirmed"]["same"] and again["arms"] == whole["arms"]
-    assert "verdicts the same" in "\n".join(tables._claim("Line", again))
-
-    whole["checks"][0]["holds"] = not whole["checks"][0]["holds"]
-    results.record(file, whole, drop=("confirmed",))
-    assert main([*run, "--confirm"]) == 2
-    assert "is judged otherwise" in capsys.readouterr().err
-    trained["0"]["test/loss"] = losses[0] + 3 * (max(losses) - min(losses))
-    results.record(file, whole)
     assert main([*run, "--confirm"]) == 2
     assert "trained, seed 0: test/loss was" in capsys.readouterr().err
     assert "confirmed" not in results.read("Line")

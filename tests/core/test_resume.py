@@ -85,6 +85,35 @@ def test_last_is_written_also_where_the_best_did_not_improve(tmp_path: Path) -> 
     assert (best["epoch"], last["epoch"]) == (0, 2)
 
 
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_the_best_is_kept_where_the_first_epochs_are_not_validated(tmp_path: Path, sanity: int) -> None:
+    class Worse(Line):
+        def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+            self.log("val/loss", float(self.trainer.current_epoch))
+
+    limits = {"max_epochs": 6, "check_val_every_n_epoch": 2, "num_sanity_val_steps": sanity}
+    trainer = Trainer(tmp_path, accelerator="cpu", enable_progress_bar=False, **limits)
+    trainer.fit(Worse(), datamodule=LineDataModule())
+    best, last = (torch.load(tmp_path / "checkpoints" / f"{n}.ckpt", weights_only=True) for n in ("best", "last"))
+    assert (best["epoch"], last["epoch"]) == (1, 5)
+    assert trainer.checkpoint_callback.best_model_score == 1
+
+
+def test_without_validation_the_last_is_the_best(tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path, accelerator="cpu", enable_progress_bar=False, max_epochs=2, limit_val_batches=0)
+    trainer.fit(Line(), datamodule=LineDataModule())
+    assert trainer.checkpoint_callback.best_model_path.endswith("last.ckpt")
+
+    class NoneHeldOut(LineDataModule):
+        def val_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader([])
+
+    trainer = Trainer(tmp_path / "empty", accelerator="cpu", enable_progress_bar=False, max_epochs=2)
+    trainer.fit(Line(), datamodule=NoneHeldOut())
+    assert trainer.checkpoint_callback.best_model_path.endswith("last.ckpt")
+    assert (tmp_path / "empty" / "checkpoints" / "last.ckpt").is_file()
+
+
 def test_a_method_without_optimiser_steps_gets_best_and_last(tmp_path: Path) -> None:
     trainer = Trainer(tmp_path, accelerator="cpu", enable_progress_bar=False, max_epochs=2)
     trainer.fit(Fitted(), datamodule=LineDataModule())

