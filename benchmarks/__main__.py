@@ -5,7 +5,7 @@
     python -m benchmarks data                          loading throughput of Regformer's tiny variant against its step
     python -m benchmarks steps [NAME ...]              train step and inference of the tiny variants, eager and compiled
     python -m benchmarks peers [lightgcn gcn lora]     beside packages from PyPI that do the same work
-    python -m benchmarks federated [PART ...]          rounds: stacking, scale, beside a plain loop -> docs/ (plot)
+    python -m benchmarks federated [PART ...]          rounds: stacking, scale, beside others -> docs/ (plot)
     python -m benchmarks speed NAME [--authors DIR]    beside the authors' code (or a peer) -> results/NAME.json
     python -m benchmarks parity NAME --authors DIR     equality with the authors' code -> results/NAME.json
     python -m benchmarks checkpoint NAME PATH          the catalogue's checkpoint PATH, by its recipe -> hub/PATH
@@ -191,6 +191,9 @@ def peers(args: argparse.Namespace) -> dict[str, Any]:
     return old.get("peers", {}).get("figures", {}) | {name: ALL[name](args.device) for name in args.names or ALL}
 
 
+FEDERATED = ("stacking", "scale", "beside", "simulators", "sampled")
+
+
 def federated(args: argparse.Namespace) -> dict[str, Any]:
     """The parts asked for, all by default; a run for some leaves the others' figures. Draws the plot where all are."""
     from benchmarks import federated as parts
@@ -199,7 +202,7 @@ def federated(args: argparse.Namespace) -> dict[str, Any]:
     args.json = str(target)
     new = {
         name: parts.stacking(args.device) if name == "stacking" else getattr(parts, name)()
-        for name in args.names or ("stacking", "scale", "beside")
+        for name in args.names or FEDERATED
     }
     old = json.loads(target.read_text()) if target.is_file() else {}
     found: dict[str, Any] = old.get("federated", {}).get("figures", {}) | new
@@ -316,7 +319,7 @@ def main() -> None:
         if call in (steps, peers):
             sub.add_argument("names", nargs="*")
         if call is federated:
-            sub.add_argument("names", nargs="*", metavar="PART", choices=["stacking", "scale", "beside", []])
+            sub.add_argument("names", nargs="*", metavar="PART", choices=[*FEDERATED, []])
         if call is steps:
             sub.add_argument("--compile", action="store_true")
     args = parser.parse_args()

@@ -1,13 +1,17 @@
-"""Federated rounds: clients together against one by one, many clients, and beside a plain loop over clients.
+"""Federated rounds: clients together against one by one, many clients, and beside a plain loop and Flower's simulation.
 
-Seconds and milliseconds are the process's own CPU time with one thread, which others' load enters little.
+Seconds and milliseconds are the process's own CPU time with one thread, which others' load enters little; `simulators`
+gives the clock's beside it. Flower takes part where ``pip install "flwr[simulation]"`` was done.
 """
 
 import copy
+import functools
+import importlib.metadata
 import itertools
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,6 +24,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.measure import timed
+from zoo.core import ZooError
+from zoo.data.pictures import read_pictures
 from zoo.engines.federated import FederatedModule
 from zoo.engines.federated.module import STACK_BELOW
 
@@ -205,14 +211,191 @@ def beside(names: tuple[str, ...] = ("mlp_8x8", "cnn_8x8", "cnn_28x28", "cnn_32x
     return found
 
 
+# ---- beside Flower's simulation -------------------------------------------------------------------------------------
+
+LENET = {"name": "cnn", "widths": [6, 16], "features": 120, "kernel": 5}
+CLIENTS, SAMPLES, BATCH = 100, 500, 50
+"""CIFAR-10 among 100 clients, as FedAvg's paper has it."""
+HP = {"local_batch": BATCH, "lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4}
+
+
+def lenet(clients: int = CLIENTS) -> FederatedModule:
+    """The CNN that most of the papers train on CIFAR-10, in FedAvg's module."""
+    return module(LENET, 3, 32, clients, BATCH, **{k: v for k, v in HP.items() if k != "local_batch"})
+
+
+def cifar(clients: int = CLIENTS, samples: int = SAMPLES) -> tuple[dict[str, Any], str]:
+    """So many pictures of CIFAR-10 for each client, or random ones of its size, as one batch; and which."""
+    every = a_round(clients, samples, 3, 32)
+    root = Path(os.environ.get("ZOO_DATA", "")) / "cifar10"
+    if "ZOO_DATA" not in os.environ or not root.is_dir():
+        return every, "random pictures of CIFAR-10's size"
+    train = read_pictures(root).train
+    rows = torch.arange(clients * samples) % len(train)
+    return {**every, "image": train.image[rows], "label": train.label[rows]}, "CIFAR-10"
+
+
+def some(every: dict[str, Any], chosen: list[int]) -> dict[str, Any]:
+    """The round of these clients."""
+    samples = every["size"][0]
+    rows = (torch.tensor(chosen)[:, None] * samples + torch.arange(samples)).flatten()
+    sizes = {"client": chosen, "size": [samples] * len(chosen), "work": [1.0] * len(chosen), "seed": chosen}
+    return {"image": every["image"][rows], "label": every["label"][rows], **sizes}
+
+
+class Rounds:
+    """Rounds of ours and of the plain loop on the same clients, with the clock's and the process's seconds of each."""
+
+    def __init__(self, every: dict[str, Any], per_round: int):
+        self.every, self.per_round, self.number = every, per_round, 0
+        self.clients = len(every["size"])
+        self.model = lenet(self.clients)
+        self.net = copy.deepcopy(self.model.model)
+        self.times: dict[str, list[tuple[float, float]]] = {"ours": [], "plain": []}
+
+    def __call__(self) -> None:
+        draws = torch.Generator().manual_seed(self.number)
+        batch = some(self.every, torch.randperm(self.clients, generator=draws)[: self.per_round].tolist())
+        for who, run in (
+            ("ours", lambda: self.model.training_step(copy.copy(batch), self.number)),
+            ("plain", lambda: plain_round(self.net, batch, HP)),
+        ):
+            start = time.perf_counter(), time.process_time()
+            run()
+            self.times[who].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+        self.number += 1
+
+
+def medians(times: list[tuple[float, float]]) -> dict[str, float]:
+    """Of rounds after the first: the clock's and the process's milliseconds, and rounds a second by the clock."""
+    wall, own = (statistics.median(values) for values in zip(*times[1:], strict=True))
+    return {"wall_ms": 1e3 * wall, "cpu_ms": 1e3 * own, "rounds_per_second": 1 / wall}
+
+
+def simulators(rounds: int = 10, per_round: int = 10) -> dict[str, Any]:
+    """Rounds of 10 of 100 clients, LeNet, one local epoch of 500 pictures: ours, a plain loop, Flower's simulation.
+
+    In one run, a round of each in turn. Flower's clients are processes of ray, as many at once as there are cores, and
+    its CPU time is that of all of them; ours and the plain loop have torch's threads.
+    """
+    every, data = cifar()
+    beside, flower = Rounds(every, per_round), []
+    found: dict[str, Any] = {"clients": CLIENTS, "per_round": per_round, "rounds": rounds, "data": data}
+    found |= {"threads": torch.get_num_threads()}
+    try:
+        versions = {name: importlib.metadata.version(name) for name in ("flwr", "ray")}
+    except importlib.metadata.PackageNotFoundError as error:
+        found["flower"] = f'not measured: {error.name} is not installed (pip install "flwr[simulation]")'
+        for _ in range(rounds + 1):
+            beside()
+    else:
+        flower = flower_rounds(rounds + 1, per_round, beside)
+        found |= {"flower": medians(flower), **versions}
+    found |= {who: medians(times) for who, times in beside.times.items()}
+    for who in ("plain", *(["flower"] if flower else [])):
+        for kind in ("wall", "cpu"):
+            found[f"{who}_over_ours_{kind}"] = found[who][f"{kind}_ms"] / found["ours"][f"{kind}_ms"]
+    print(json.dumps(found), file=sys.stderr, flush=True)
+    return found
+
+
+def flower_rounds(rounds: int, per_round: int, beside: Rounds) -> list[tuple[float, float]]:
+    """The clock's and all processes' seconds of each of Flower's rounds; after each comes one of ``beside``."""
+    import logging
+
+    from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import Grid, ServerApp
+    from flwr.serverapp.strategy import FedAvg
+    from flwr.simulation import run_simulation
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    client, server = ClientApp(), ServerApp()
+    times: list[tuple[float, float]] = []
+
+    @client.train()
+    def train(message: Message, context: Context) -> Message:
+        torch.set_num_threads(1)
+        own = _client_data()
+        net = lenet().model
+        net.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        first = int(context.node_config["partition-id"]) * SAMPLES
+        image, label = (own[key][first : first + SAMPLES] for key in ("image", "label"))
+        optimizer = torch.optim.SGD(net.parameters(), HP["lr"], HP["momentum"], weight_decay=HP["weight_decay"])
+        for rows in torch.randperm(SAMPLES).split(BATCH):
+            optimizer.zero_grad()
+            F.cross_entropy(net(image[rows].float() / 255), label[rows]).backward()
+            optimizer.step()
+        content = {"arrays": ArrayRecord(net.state_dict()), "metrics": MetricRecord({"num-examples": SAMPLES})}
+        return Message(content=RecordDict(content), reply_to=message)
+
+    class Timed(FedAvg):
+        def configure_train(self, *args: Any, **kwargs: Any) -> Any:
+            self.start = time.perf_counter(), family_seconds()
+            return super().configure_train(*args, **kwargs)
+
+        def aggregate_train(self, *args: Any, **kwargs: Any) -> Any:
+            found = super().aggregate_train(*args, **kwargs)
+            times.append((time.perf_counter() - self.start[0], family_seconds() - self.start[1]))
+            beside()
+            return found
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        strategy = Timed(fraction_train=per_round / CLIENTS, fraction_evaluate=0.0)
+        strategy.start(grid=grid, initial_arrays=ArrayRecord(lenet().model.state_dict()), num_rounds=rounds)
+
+    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    run_simulation(server_app=server, client_app=client, num_supernodes=CLIENTS, backend_config=resources)
+    if len(times) != rounds:
+        raise ZooError(f"Flower's simulation did {len(times)} of {rounds} rounds.")
+    return times
+
+
+@functools.cache
+def _client_data() -> dict[str, Any]:
+    """All clients' pictures, read once by each process of Flower's."""
+    return cifar()[0]
+
+
+def family_seconds() -> float:
+    """CPU seconds of this process and all that descend from it, from the kernel."""
+    parent, used = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended meanwhile
+            continue
+        parent[int(stat.parent.name)] = int(fields[1])
+        used[int(stat.parent.name)] = int(fields[11]) + int(fields[12])
+    family = {os.getpid()}
+    while more := {child for child, of in parent.items() if of in family} - family:
+        family |= more
+    return sum(used.get(process, 0) for process in family) / os.sysconf("SC_CLK_TCK")
+
+
+def sampled(clients: int = 1000) -> dict[str, Any]:
+    """CPU milliseconds of a round by how many of 1,000 clients are sampled, 50 pictures each: ours, the plain loop."""
+    every, _ = cifar(clients, BATCH)
+    found = {}
+    for per_round in (10, 30, 100, 300, 1000):
+        rounds = Rounds(every, per_round)
+        for _ in range(1 + max(3 - per_round // 100, 1)):
+            rounds()
+        found[str(per_round)] = {f"{who}_ms": medians(times)["cpu_ms"] for who, times in rounds.times.items()}
+        print(per_round, json.dumps(found[str(per_round)]), file=sys.stderr, flush=True)
+    return found
+
+
 def plot(figures: dict[str, Any], path: Path) -> None:
-    """Clients together or one by one over operations; memory over clients; rounds beside the plain loop."""
+    """Together or one by one over operations; memory over clients; beside the plain loop; rounds over their clients."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
+    count = 3 + ("sampled" in figures)
+    figure, (left, middle, right, *last) = plt.subplots(1, count, figsize=(4.3 * count, 3.8), constrained_layout=True)
     rows = figures["stacking"]
     for size, mark in ((8, "o"), (32, "s")):
         own = [row for name, row in rows.items() if name.endswith(f"batch{size}")]
@@ -244,6 +427,13 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     right.set(ylabel="ms of a client's round", yscale="log")
     right.set_title("a round beside a plain loop")
     right.legend(fontsize=8)
+    for axes in last:
+        rounds = [int(n) for n in figures["sampled"]]
+        for who, label in (("plain", "plain loop, DataLoaders"), ("ours", "ours")):
+            axes.plot(rounds, [row[f"{who}_ms"] / 1e3 for row in figures["sampled"].values()], "o-", label=label)
+        axes.set(xscale="log", yscale="log", xlabel="clients sampled in a round", ylabel="CPU seconds of a round")
+        axes.set_title("a round over its clients, LeNet's size")
+        axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

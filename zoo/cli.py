@@ -311,12 +311,13 @@ def _compare(argv: list[str]) -> None:
 
 def _convert(argv: list[str]) -> None:
     parser = _parser("convert", "Turn an authors' checkpoint into ours.")
-    parser.add_argument("checkpoint", metavar="AUTHORS_CHECKPOINT", help="safetensors, torch's, or TensorFlow's .index")
+    known = "safetensors, torch's, or TensorFlow's .index; of some methods a folder"
+    parser.add_argument("checkpoint", metavar="AUTHORS_CHECKPOINT", help=known)
     parser.add_argument("out", metavar="OUT_DIR")
     args = parser.parse_args(argv)
     name = catalogue.entry(args.name).facts["class"]
-    if not Path(args.checkpoint).is_file():
-        raise ZooError(f"{args.checkpoint} does not exist or is not a file.")
+    if not Path(args.checkpoint).exists():
+        raise ZooError(f"{args.checkpoint} does not exist.")
     from zoo.core.command import convert
 
     print(convert(name, Path(args.checkpoint), Path(args.out)))

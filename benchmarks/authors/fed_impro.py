@@ -2,10 +2,11 @@
 
 import contextlib
 import copy
+import functools
 import logging
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import error, float64, in_turns
+from zoo.engines.federated import Samples, local_batches
 from zoo.vision.federated.fed_impro import FedImpro, _name
 
 PACKAGES = ("trainers", "utils", "loss_fn", "lr_scheduler", "model", "optim", "timers", "recorders", "configs")
@@ -309,6 +311,14 @@ def golden(checkout: Path) -> dict[str, Tensor]:
     return {**start, **after, **noise, "image": batch["image"], "label": batch["label"]}
 
 
+def _own_step(pair: Pair, batch: dict[str, Any]) -> Callable[[], Any]:
+    """A client's step of ours: its local batch and drawn features, weights, and its estimate of the Gaussians."""
+    model, down = pair.model, pair.model.broadcast()
+    plan = local_batches(batch["size"], batch["seed"], model.hparams.local_batch, drop_last=True)
+    samples = Samples(model, batch, [0], plan)
+    return functools.partial(model.work, model.clients(model.start_state([0], down), False), samples, down)
+
+
 def speed(checkout: Path | None, device: str = "cpu") -> dict[str, dict[str, float]]:
     """A step of one client, ResNet-18 at batch 32, and a round of ten clients, two steps each of a narrow ResNet-10."""
     with _package(checkout) if checkout is not None else contextlib.nullcontext() as their:  # type: ignore[attr-defined]
@@ -330,11 +340,10 @@ def speed(checkout: Path | None, device: str = "cpu") -> dict[str, dict[str, flo
                 pair.model.training_step(batch, 0)
 
             def theirs(pair: Pair = pair, batch: dict[str, Any] = batch, steps: Any = steps) -> None:
-                if len(steps) == 1:  # a step alone; ours has a whole round around it
-                    pair.step(steps[0][0])
-                else:
-                    pair.theirs(steps, batch)
+                pair.theirs(steps, batch)
 
+            if name == "local_step":  # both without a round around them
+                ours, theirs = _own_step(pair, batch), functools.partial(pair.step, steps[0][0])
             pair.given = False
             found[name] = in_turns({"ours": ours, "authors": theirs}, device)
         return found

@@ -22,7 +22,8 @@ from benchmarks.measure import error, float64, in_turns
 from zoo.core.seeding import seed_from
 from zoo.engines.federated import Clients, local_batches
 from zoo.engines.federated.algorithms import algorithm
-from zoo.vision.federated.twin_sight import TwinSight
+from zoo.nn.classifiers import classifier
+from zoo.vision.federated.twin_sight import Twins, TwinSight
 
 SETTINGS = {
     "model": "SemiFed_SimCLR", "insDis": 0.5, "sim": 1.0, "SSL_method": "freematch", "PC_use_pesudo_label": False,
@@ -44,9 +45,11 @@ def _authors(checkout: Path) -> Iterator[Any]:
     try:
         names = ("trainers.normal_trainer", "model.SemiFed", "ssl_model.SimCLR", "model.SSFL_ResNet18")
         trainer, semi, simclr, resnet = (importlib.import_module(name) for name in names)
+        byol, simsiam = (importlib.import_module(f"ssl_model.{name}") for name in ("BYOL", "SimSiam"))
         averaging = importlib.import_module("algorithms_standalone.basePS.strategies")
         logging.getLogger().setLevel(logging.WARNING)
-        yield SimpleNamespace(trainer=trainer, semi=semi, simclr=simclr, resnet=resnet, averaging=averaging)
+        code = {"trainer": trainer, "semi": semi, "simclr": simclr, "resnet": resnet, "byol": byol, "simsiam": simsiam}
+        yield SimpleNamespace(**code, averaging=averaging)
     finally:
         logging.getLogger().setLevel(level)
         sys.path.remove(str(checkout))
@@ -293,6 +296,37 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def _objective(code: Any, kind: str) -> dict[str, float]:
+    """Their BYOL or SimSiam and ours on two views: the loss, and its gradients in the network and the predictor."""
+    torch.manual_seed(0)
+    net = Small()  # theirs counts on 512 features
+    net.hidden, net.feature_dim = nn.Linear(net.hidden.in_features, 512), 512
+    if kind == "simsiam":
+        projection, theirs = [512, 512], code.simsiam.SimSiam(net)
+        parts = {"unsupervised": theirs.encoder, "predictor": theirs.predictor}
+    else:
+        projection, theirs = [48, 32], code.byol.BYOLmodel(net, projection_size=32, projection_hidden_size=48)
+        for p in theirs.target_encoder.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+        parts = {"unsupervised": theirs.online_encoder, "predictor": theirs.online_predictor}
+        parts["target"] = theirs.target_encoder
+    sizes = {"num_classes": 10, "in_channels": 1, "image_size": 8, "norm": "none"}
+    twins = Twins(*(classifier({**SMALL, "features": 512}, **sizes) for _ in range(2)), kind, projection, "batch")
+    for name, part in parts.items():
+        own = twins.get_submodule(name)
+        own.load_state_dict(dict(zip(own.state_dict(), part.state_dict().values(), strict=True)))
+    weak, strong, _ = _pictures(1, 8, small=True)
+    ours = TwinSight(net=SMALL, norm="none", in_channels=1, image_size=8, unsupervised=kind, projection=projection)
+    _, loss = ours._instance(twins.train(), torch.cat([weak[0], strong[0]]), torch.ones(8, dtype=torch.bool))
+    wanted = theirs.train()(weak[0], strong[0])[0 if kind == "simsiam" else -1]
+    found = {"loss": error(loss, wanted)}
+    for name in ("unsupervised", "predictor"):
+        pair = ((loss, twins.get_submodule(name)), (wanted, parts[name]))
+        grads = [torch.autograd.grad(value, list(part.parameters()), retain_graph=True) for value, part in pair]
+        found[f"{name}_gradients"] = error(*(torch.cat([g.flatten() for g in side]) for side in grads))
+    return found
+
+
 def compare(checkout: Path) -> dict[str, float]:
     """Largest relative errors: steps of each kind of client with a small network and the paper's, and a whole round."""
     found: dict[str, float] = {}
@@ -313,6 +347,8 @@ def compare(checkout: Path) -> dict[str, float]:
             for label, options in KINDS.items():
                 found[f"{label}_float64_three_steps"] = _client(code, True, **options)["steps"]
             found["round_float64"] = _round(code)
+            for kind in ("byol", "simsiam"):
+                found |= {f"{kind}_float64_{key}": value for key, value in _objective(code, kind).items()}
             for label in ("labelled", "few_freematch"):
                 figures = _client(code, False, steps=1, **KINDS[label])
                 found |= {f"resnet_{label}_float64_{key}": value for key, value in figures.items()}

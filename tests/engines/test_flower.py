@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from zoo.core import ZooError
+from zoo.core import ZooError, catalogue
 from zoo.engines.federated import FederatedModule
 
 from .test_remote import digits, simulated
@@ -160,6 +160,27 @@ def alike(model: Any, change: dict[str, Any]) -> None:
         if name.startswith(("model.", "server.", "round", "sent")):
             far = (own[name] - wanted[name]).abs().max() / wanted[name].abs().max().clamp(min=1e-3)
             assert float(far) <= 1e-6, name
+
+
+GGEUR = {"variant": "tiny", "per_prototype": 3, "fill_absent": True}
+
+
+def ggeur(folder: Path) -> None:
+    """The head and statistics of two rounds on machines are the simulation's."""
+    cls = catalogue.load_class("GGEUR")
+    own, wanted = cls.from_pretrained(folder).state_dict(), simulated(cls, digits(**DATA), GGEUR).state_dict()
+    for name, value in wanted.items():
+        if name.startswith(("model.", "statistics.", "round", "sent")):
+            assert torch.allclose(own[name], value, rtol=1e-5, atol=1e-6), name
+
+
+def test_clients_that_report_first_equal_the_simulation(flower: Any, grid: Callable[..., Grid], tmp_path: Path) -> None:
+    settings = {"num-server-rounds": 2, "seed": 5, "out": str(tmp_path / "out")}
+    net = grid(THREE, method="GGEUR", model=GGEUR, **settings)
+    flower.server(net, net.context)
+    ggeur(tmp_path / "out")
+    statistics = {"statistics.counts", "statistics.covariance", "statistics.prototypes"}
+    assert not any(statistics & set(r) for m in net.sent for r in m.content.array_records.values())
 
 
 def test_a_broken_node_costs_its_answer_only(flower: Any, grid: Callable[..., Grid], tmp_path: Path) -> None:
@@ -349,6 +370,12 @@ def test_processes_on_loopback_equal_the_simulation(flower: Any, loopback: Loopb
         said = loopback.flwr("run", str(app), "loop", "--stream")
         assert (tmp_path / f"out{number}" / "model.safetensors").is_file(), said + loopback.logs()
         alike(FederatedModule.from_pretrained(tmp_path / f"out{number}"), change)
+    app = flower.write_app(
+        tmp_path / "ggeur", method="GGEUR", model=GGEUR, data=DATA, num_server_rounds=2, seed=5,
+        out=str(tmp_path / "heads"), wait=600, timeout=600, min_clients=3,
+    )  # fmt: skip
+    loopback.flwr("run", str(app), "loop", "--stream")
+    ggeur(tmp_path / "heads")
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from zoo.engines.patching import (
     swapped,
     weights_of,
 )
+from zoo.engines.patching.weights import _changed, exchanged
 
 
 def prompts(b: int = 3, t: int = 6, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -337,11 +338,19 @@ def test_transformer_lens_says_the_same(kind: str, tmp_path: Path) -> None:
 # ---- a model over several devices -----------------------------------------------------------------------------------
 
 
+def spread(anatomy: Anatomy, place: str, folder: Path, block: int = 1) -> Anatomy:
+    """A copy with accelerate's hooks, the weights of a block on the CPU or on disk."""
+    accelerate = pytest.importorskip("accelerate")
+    parts = [name for name, module in anatomy.model.named_modules() if name and not list(module.children())]
+    options = {"offload_dir": str(folder), "main_device": "cpu", "force_hooks": True}
+    where = {name: place if f".{block}." in name else "cpu" for name in parts}
+    return Anatomy(accelerate.dispatch_model(copy.deepcopy(anatomy.model), where, **options))
+
+
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
 def test_a_model_that_accelerate_spreads(kind: str, place: str, tmp_path: Path) -> None:
     """Blocks with accelerate's hooks, and some whose weights wait on disk until they are needed."""
-    accelerate = pytest.importorskip("accelerate")
     anatomy = build(kind)
     reference, counterfactual = prompts()
     score, sites = probability(torch.tensor([3, 4, 5])), anatomy.sites("head", "mlp")
@@ -351,14 +360,11 @@ def test_a_model_that_accelerate_spreads(kind: str, place: str, tmp_path: Path) 
         path_sweep(anatomy, reference, counterfactual, sites, score),
         receiver_sweep(anatomy, reference, counterfactual, sites, into, score),
     ]
-    parts = {name: "cpu" for name, module in anatomy.model.named_modules() if name and not list(module.children())}
-    spread = {name: place if ".1." in name else device for name, device in parts.items()}
-    options = {"offload_dir": str(tmp_path), "main_device": "cpu", "force_hooks": True}
-    model = accelerate.dispatch_model(copy.deepcopy(anatomy.model), spread, **options)
+    other = spread(anatomy, place, tmp_path)
+    model = other.model
     assert hasattr(model, "_hf_hook")
     waiting = [name for name, value in model.named_parameters() if value.is_meta]
     assert bool(waiting) == (place == "disk") and all(".1." in name for name in waiting)
-    other = Anatomy(model)
     found = [
         activation_sweep(other, reference, counterfactual, sites, score),
         path_sweep(other, reference, counterfactual, sites, score),
@@ -434,6 +440,62 @@ def test_deltas_are_what_merging_them_gives(kind: str) -> None:
     other.load_state_dict(deltas.state_dict())
     with torch.no_grad(), other.active(anatomy):
         close(anatomy.model(reference).logits, found)
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_deltas_of_a_model_that_accelerate_spreads(kind: str, place: str, tmp_path: Path) -> None:
+    """The changes are those of the model in memory, as are their gradients; what would be lost is refused."""
+    anatomy = build(kind)
+    anatomy.model.requires_grad_(False)
+    other = spread(anatomy, place, tmp_path, block=0)
+    reference, _ = prompts()
+    gradients = []
+    ours, theirs = (Deltas(one, heads=2, mlps=1) for one in (anatomy, other))
+    chosen = [Site(0, "head", 1), Site(1, "head", 3), Site(1, "mlp")]
+    for deltas, one in ((ours, anatomy), (theirs, other)):
+        assert not any(value.is_meta for value in deltas.state_dict().values())
+        deltas.choose(chosen)
+        generator = torch.Generator().manual_seed(0)
+        for value in deltas.parameters():
+            value.data.normal_(std=0.2, generator=generator)
+        with deltas.active(one):
+            one.model(reference).logits.square().mean().backward()
+        gradients.append([value.grad for value in deltas.parameters()])
+    for first, second in zip(*gradients, strict=True):
+        assert first is not None and second is not None and bool(first.any())
+        close(second, first)
+    parts = anatomy.slices("layers.0.mlp")
+    values = weights_of(anatomy.model, parts)
+    if place == "disk":
+        with pytest.raises(ZooError, match=r"waits outside of its module .offloaded by accelerate."):
+            theirs.merge(other)
+        with pytest.raises(ZooError, match="waits outside"), swapped(other.model, values):
+            pass
+        with (
+            pytest.raises(ZooError, match="waits outside"),
+            exchanged(other.model, dict(anatomy.model.named_parameters())),
+        ):
+            pass
+        return
+    with torch.no_grad(), theirs.active(other):
+        found = other.model(reference).logits
+    theirs.merge(other)
+    with torch.no_grad():
+        close(found, other.model(reference).logits, 1e-4)
+
+
+def test_a_delta_is_added_where_its_projection_works() -> None:
+    """Inputs on one device, the projection's result on another (the meta device stands for it)."""
+    anatomy = build("gpt2")
+    deltas = Deltas(anatomy, heads=1)
+    deltas.choose([Site(0, "head", 1)])
+    (weight, first), (bias, second), *_ = deltas.changes(anatomy)
+    assert weight.name.endswith("weight") and bias.name.endswith("bias")
+    hook = _changed([(weight, first), (bias, second)], turned=True)
+    result = torch.empty(2, 3, 96, device="meta", dtype=torch.bfloat16)
+    found = hook(torch.nn.Identity(), (torch.zeros(2, 3, 32, dtype=torch.bfloat16),), result)
+    assert found.is_meta and found.shape == result.shape and found.dtype == torch.bfloat16
 
 
 def test_deltas_alone_are_trained() -> None:
@@ -514,7 +576,7 @@ def test_mistakes_are_named() -> None:
         Deltas(anatomy, heads=13)
     with says("2 heads and 0 MLPs were chosen, for 2 and 0 changes; each once"):
         Deltas(anatomy, heads=2).choose([Site(0, "head", 1)] * 2)
-    with says(r"No facts of the architecture 'Linear'.*Known are gemma2"):
+    with says(r"No facts of the architecture 'Linear'; known are gemma2"):
         Anatomy(nn.Linear(2, 2))
     with says("no self_attn.c_proj"):
         Anatomy(anatomy.model, Family(out="c_proj"))

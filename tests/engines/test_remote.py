@@ -122,8 +122,8 @@ def test_two_rounds_equal_the_simulation(name: str) -> None:
 
 
 FEDERATED = [name for name in catalogue.names() if catalogue.entry(name).toml.parent.name == "federated"]
-WITHOUT_SERVER = {"DisPFL", "SCooL", "GGEUR"}
-"""Clients of the first two read each other's states; the third's `training_step` reads clients' samples."""
+WITHOUT_SERVER = {"DisPFL", "SCooL"}
+"""Their clients read each other's states."""
 
 ALIKE = {"FedFed": ({}, 1e-3)}
 """Its AdamW makes much of biases to which batch norm leaves no gradient but rounding."""
@@ -151,6 +151,87 @@ def test_every_method_with_a_server_equals_its_simulation(name: str) -> None:
     model = simulated(cls, digits(data_cls, **changes), given)
     model.sent.copy_(sites.server.sent)  # a method may count what it packs for several clients in one
     equal(sites.server, sites.kept, model, within, 1.0)
+
+
+GEOMETRIES: list[dict[str, Any]] = [
+    {"per_prototype": 4, "fill_absent": True, "domains": 3}, {"geometry": "isotropic", "rank": 3},
+    {"geometry": "repeat", "per_prototype": 2}, {"rank": 5, "enlarge": 2, "guide": 0.5}, {"geometry": "off"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", GEOMETRIES)
+def test_statistics_before_the_first_round_equal_the_simulation(given: dict[str, Any]) -> None:
+    """Clients come one after the other, so that shapes change and are sent again."""
+    given, cls = {"variant": "tiny", **given}, catalogue.load_class("GGEUR")
+    sites = Sites(cls, digits(per_round=2, partition="dirichlet", alpha=0.3), given)
+    machines = sites.machines()
+    assert all(machines.step()["answered"] == 2 for _ in range(3))
+    model = simulated(cls, digits(per_round=2, partition="dirichlet", alpha=0.3), given, rounds=3)
+    equal(sites.server, {}, model, 1e-5, 1.0)
+    assert torch.equal(sites.server.sent, model.sent)
+
+
+class Telltale(Sites):
+    """Writes down what goes to whom."""
+
+    def __call__(self, down: Any, orders: Any) -> dict[int, Answer | str]:
+        self.told = [*getattr(self, "told", []), *((client, order) for client, order in orders.items())]
+        return super().__call__(down, orders)
+
+
+def test_shapes_go_to_who_lacks_them_and_statistics_stay_on_the_server() -> None:
+    cls = catalogue.load_class("GGEUR")
+    sites = Telltale(cls, digits(), {"variant": "tiny"})
+    machines = sites.machines()
+    machines.step()
+    machines.step()
+    assert not surroundings(sites.server)
+    for client in range(5):
+        orders = [order for who, order in sites.told if who == client]
+        assert [order.part for order in orders] == ["counts", "moments", "", ""]
+        own = set(sites.data.gather([client])["label"].tolist())
+        assert set(orders[2].aside["classes"].tolist()) == own and not orders[0].aside and not orders[3].aside
+        assert set(sites.kept[client]) == {"received.classes", "received.shape"}
+    # a client that has forgotten them costs its answer once
+    sites.kept[3].clear()
+
+    def send(down: Any, orders: Any) -> Any:
+        broken = [client for client in orders if not (sites.kept[client] or orders[client].aside)]
+        for client in broken:
+            with pytest.raises(ZooError, match="no shapes of classes: it was started again"):
+                sites(down, {client: orders[client]})
+        rest = {client: order for client, order in orders.items() if client not in broken}
+        return {**dict.fromkeys(broken, "error 2"), **sites(down, rest)}
+
+    machines.send = send
+    assert machines.step()["answered"] == 4 and set(machines.silent) == {3}
+    assert machines.step()["answered"] == 5
+
+
+@pytest.mark.parametrize("part", ["counts", "moments"])
+def test_who_falls_silent_before_the_round_is_not_pooled(part: str) -> None:
+    cls = catalogue.load_class("GGEUR")
+    sites = Sites(cls, digits(), {"variant": "tiny", "guide": 1.0})
+
+    def send(down: Any, orders: Any) -> Any:
+        found = dict(sites(down, orders))
+        if next(iter(orders.values())).part == part and 0 in found:
+            found[0].up[next(iter(found[0].up))] = torch.zeros(1, 1)  # type: ignore[union-attr]
+        return found
+
+    machines = sites.machines()
+    machines.send = send
+    assert machines.step()["answered"] == 4
+    known = sites.server.statistics
+    assert "does not fit" in machines.silent[0] and known.reported.tolist() == [False, True, True, True, True]
+    others = torch.bincount(sites.data.gather([1, 2, 3, 4])["label"], minlength=10)
+    assert known.total.tolist() == others.tolist()
+    machines.send = sites
+    assert machines.step()["answered"] == 5 and known.reported.all()
+    machines = Sites(cls, digits(), {"variant": "tiny"}).machines(min_clients=5)
+    with pytest.raises(ZooError, match="4 of 5 clients answered, min_clients is 5"):
+        machines.send = send
+        machines.step()
 
 
 def test_seeds_of_rounds_are_those_of_the_loader() -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from zoo import cli
 from zoo.core import Trainer, ZooError
 from zoo.language.llm.languages import masked_loss
 from zoo.language.unlearning.data_unlearning import (
@@ -426,11 +428,11 @@ def test_a_plain_loop_can_train() -> None:
 
 def test_forgets_what_is_asked_and_keeps_the_rest(tmp_path: Path) -> None:
     """On a small decoder that knows three topics, with a real detector."""
-    pretrain_topics(tmp_path, 5, steps=200, encoder_steps=60)
+    pretrain_topics(tmp_path, 5, steps=100, encoder_steps=30, width=48)
     data = ContinualUnlearningDataModule(batch_size=30, seed=5)
     model = O3(
         backbone=str(tmp_path / "decoder"), detector=str(tmp_path / "encoder"), requests=["herb", "metal"],
-        sizes=[48, 48], accumulate=1, warmup=0, lr=5e-3, unlearn_epochs=20.0, detector_lr=1e-3, detector_epochs=2.0,
+        sizes=[48, 48], accumulate=1, warmup=0, lr=1e-2, unlearn_epochs=8.0, detector_lr=1e-3, detector_epochs=2.0,
         orthogonal=0.0, max_length=32, detector_length=32, new_tokens=1,
     )  # fmt: skip
     assert not any(k.startswith(("backbone.", "detector.trunk.")) for k in model.saved_state_dict())
@@ -496,6 +498,121 @@ def test_live_models_come_with_their_tokenizers(tmp_path: Path) -> None:
     again = O3.from_pretrained(tmp_path / "saved")
     assert again.predict(ASKED)["answer"] == model.predict(ASKED)["answer"]
     assert (tmp_path / "saved" / "tokenizer").is_dir()
+
+
+# ---- the authors' folder --------------------------------------------------------------------------------------------
+
+
+def write_authors(folder: Path, source: O3, ending: str) -> None:
+    """The detectors and the adapter of a model as the authors' code writes them; the SVM and mixture are put in it."""
+    import pickle
+
+    from sklearn.mixture import GaussianMixture
+    from sklearn.svm import OneClassSVM
+
+    assert source.detector is not None
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(("scienceqa_herb_ood_scienceqa", "scienceqa_metal_ood_scienceqa")):
+        one: Any = source.detector.fitted[i]
+        for what, tensor in (("mean", one.mean), ("precision", one.precision), ("fea", one.bank)):
+            torch.save(list(tensor.unbind()), folder / f"{name}_{what}_list{ending}.pt")
+        svm = OneClassSVM(nu=0.1, kernel="linear").fit(rng.normal(-900, 30, (20, len(one.normal))))
+        one.normal.copy_(torch.tensor(svm.coef_[0]))
+        score = float(one.scores(source._features([ASKED], i)))
+        one.mixture.copy_(torch.tensor([0.99 * score, 1.02 * score, 0.01 * abs(score)]))
+        mixture = GaussianMixture(n_components=2)
+        mixture.means_ = one.mixture[:2, None].double().numpy()
+        mixture.covariances_ = np.full((2, 1, 1), float(one.mixture[2]) ** 2)
+        (folder / f"{name}_ocsvm.pkl").write_bytes(pickle.dumps(svm))
+        (folder / f"{name}_gmm_w{ending}.pkl").write_bytes(pickle.dumps(mixture))
+        source.detector.adapters.save(folder / f"{name}_roberta{ending}", i, base=source.hparams.detector)
+    source.unlearner.save(folder / "lora_metal", base=source.hparams.backbone)
+
+
+@pytest.fixture(scope="module")
+def authors(trained: O3, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, O3]:
+    """Such a folder beside those of its models, and the model that it was written from."""
+    root = tmp_path_factory.mktemp("authors")
+    assert trained.detector is not None
+    for name, module in (("decoder", trained.backbone), ("encoder", trained.detector.trunk)):
+        module.save_pretrained(root / name)  # type: ignore[operator]
+        TopicLanguage.tokenizer().save_pretrained(root / name)
+    options = {"backbone": str(root / "decoder"), "detector": str(root / "encoder"), "detector_length": 512}
+    source = O3(**{**trained.hyperparameters, **options, "authors_padding": True}).eval()
+    source.load_state_dict({k: v for k, v in trained.state_dict().items() if k in source.saved_state_dict()})
+    write_authors(root / "ocsvm", source, "_ocsvm")
+    return root, source
+
+
+def test_a_folder_of_the_authors_is_converted(authors: tuple[Path, O3], tmp_path: Path, capsys: Any) -> None:
+    root, source = authors
+    assert cli.main(["convert", "O3", str(root / "ocsvm"), str(tmp_path / "out")]) == 0, capsys.readouterr().err
+    found = O3.from_pretrained(tmp_path / "out")
+    own, hp = source.hyperparameters, found.hyperparameters
+    kept = ("sizes", "rank", "alpha", "dropout", "detector_rank", "detector_alpha", "backbone", "detector")
+    assert {key: hp[key] for key in kept} == {key: own[key] for key in kept}
+    assert hp["requests"] == ["scienceqa_herb", "scienceqa_metal"] and hp["states"] == 4
+    assert (hp["loading"], hp["snap"], hp["authors_padding"]) == ("soft", "scienceqa", True)
+    prompts = [ASKED, "ask metal_a metal_b metal_c metal3 answer ", "ask river_a river_b river_c river3 answer "]
+    near = found.nearness(prompts)
+    assert torch.allclose(near, source.nearness(prompts), rtol=1e-4) and bool((near[0] > 0.2).all())
+    ids = torch.randint(3, 300, (2, 6))
+    assert torch.equal(found(ids), source(ids)), "the adapter"
+    assert found.progress.tolist() == [2, 0] and found.with_request("river", 40).detector is not None
+
+
+def test_the_tofu_branch_names_its_files_otherwise(authors: tuple[Path, O3], tmp_path: Path) -> None:
+    source = authors[1]
+    write_authors(tmp_path / "tofu", source, "")
+    content = O3.read_authors(tmp_path / "tofu")
+    assert content["snap"] == "tofu" and list(content["detectors"]) == ["scienceqa_herb", "scienceqa_metal"]
+    assert torch.equal(content["detectors"]["scienceqa_herb"]["mean"], source.detector.fitted[0].mean)  # type: ignore[union-attr,index]
+
+
+class Runs:
+    """Code in a pickle."""
+
+    def __reduce__(self) -> Any:
+        return print, ("it ran",)
+
+
+def test_what_a_folder_lacks_is_named(authors: tuple[Path, O3], tmp_path: Path, capsys: Any) -> None:
+    import pickle
+    import shutil
+
+    folder, name = tmp_path / "o", "scienceqa_herb_ood_scienceqa"
+    shutil.copytree(authors[0] / "ocsvm", folder)
+    svm = folder / f"{name}_ocsvm.pkl"
+    kept = svm.read_bytes()
+    svm.write_bytes(pickle.dumps(Runs()))
+    with pytest.raises(ZooError, match=r"ocsvm.pkl is refused: it asks for builtins.print.*np.savez\('\S+_ocsvm.npz'"):
+        O3.read_authors(folder)
+    assert "it ran" not in capsys.readouterr().out
+    np.savez(svm.with_suffix(".npz"), normal=np.ones(3))
+    assert O3.read_authors(folder)["detectors"]["scienceqa_herb"]["normal"].tolist() == [1, 1, 1], "exported numbers"
+    np.savez(svm.with_suffix(".npz"), normal=np.ones(5))
+    with pytest.raises(ZooError, match=r"_ocsvm.npz: normal has 5 numbers; expected 3 finite ones"):
+        O3.read_authors(folder)
+    svm.with_suffix(".npz").unlink()
+    svm.write_bytes(kept.replace(b"linear", b"kernel"))
+    with pytest.raises(ZooError, match=r"_ocsvm.pkl: expected a fitted OneClassSVM .*, found 'kernel'"):
+        O3.read_authors(folder)
+    svm.unlink()
+    with pytest.raises(ZooError, match=r"_ocsvm.pkl is missing, and so is \S+_ocsvm.npz"):
+        O3.read_authors(folder)
+    svm.write_bytes(kept)
+    torch.save([torch.ones(2)], folder / f"{name}_mean_list_ocsvm.pt")
+    with pytest.raises(ZooError, match=r"means are \(1, 2\), precisions \(4, 32, 32\), .*expected \(l, d\)"):
+        O3.read_authors(folder)
+    torch.save(Runs(), folder / f"{name}_mean_list_ocsvm.pt")
+    with pytest.raises(ZooError, match=r"mean_list_ocsvm.pt cannot be read as tensors only"):
+        O3.read_authors(folder)
+    shutil.rmtree(folder / "lora_metal")
+    with pytest.raises(ZooError, match=r"o holds 0 unlearning adapters|cannot be read as tensors only"):
+        O3.read_authors(folder)
+    assert cli.main(["convert", "TyrThePruner", str(folder), str(tmp_path / "out")]) == 2
+    assert "is a folder; of TyrThePruner one file" in capsys.readouterr().err
 
 
 # ---- metrics --------------------------------------------------------------------------------------------------------
@@ -580,7 +697,7 @@ def test_scienceqa_is_read(tmp_path: Path) -> None:
     with pytest.raises(ZooError, match="The forget set of request 'economics' is empty"):
         ContinualUnlearningDataModule(str(tmp_path), requests=["economics"]).setup()
     (tmp_path / "scienceqa_economics_train.json").write_text('[{"instruction": 1}]')
-    with pytest.raises(ZooError, match="expected a list of instruction, input, output and answer"):
+    with pytest.raises(ZooError, match=r"economics_train.json, item 1: expected a list of .*instruction"):
         ContinualUnlearningDataModule(str(tmp_path), requests=["economics"]).setup()
 
 
@@ -684,7 +801,7 @@ def test_mistakes_are_named() -> None:
         tiny(snap="half")
     with pytest.raises(ValueError, match=r"targets is \['query'\]; the linear layers of this model end in down_proj"):
         tiny(targets=["query"])
-    with pytest.raises(ZooError, match="is no masked language model that loads"):
+    with pytest.raises(ZooError, match="has no AutoModelForMaskedLM for 'llama'"):
         tiny(detector={"model_type": "llama"})
     model = tiny().eval()
     with pytest.raises(ZooError, match="A prompt has 70 tokens; 63 fit"):

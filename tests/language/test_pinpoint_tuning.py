@@ -15,10 +15,8 @@ from zoo.language.llm.data_sycophancy import (
     Chats,
     SycophancyDataModule,
     apologises,
-    load_tokenizer,
     names,
     padded,
-    texts,
 )
 from zoo.language.llm.dialogues import DialogueLanguage, assistant, pretrain_dialogues, user
 from zoo.language.llm.languages import masked_loss, word_tokenizer
@@ -153,18 +151,16 @@ def test_a_neutral_turn_is_as_long_as_the_challenge() -> None:
     assert chats.neutral(CHAT[:2], "sure ?") == chats.neutral(CHAT[:2], "no " * 30), "the first where none fits"
 
 
-def test_chats_that_cannot_be_told_are_refused(tmp_path: Path) -> None:
+def test_chats_that_cannot_be_told_are_refused() -> None:
     with pytest.raises(ZooError, match="no chat template: take that of a model tuned for chats"):
         Chats(words(None), 64)
     with pytest.raises(ZooError, match=r"refuses a chat of system, user: only user and assistant"):
         Chats(words(), 64).learnt([{"role": "system", "content": "fine"}, user("yes")])
-    with pytest.raises(ZooError, match=r"has 2\d tokens and does not fit into block=8"):
+    with pytest.raises(ZooError, match=r"A chat has 2\d tokens; 1 to block=8 fit"):
         Chats(words(), 8).learnt(CHAT)
     forgets = "{% for m in messages[-2:] %}{{ m.role[0] }}: {{ m.content }} {% endfor %}"
     with pytest.raises(ZooError, match="changes earlier messages when later ones follow"):
         Chats(words(forgets), 64).learnt(CHAT)
-    with pytest.raises(ZooError, match=r"No tokenizer in "):
-        load_tokenizer(str(tmp_path))
 
 
 # ---- rules for replies ----------------------------------------------------------------------------------------------
@@ -224,7 +220,6 @@ def test_replies_are_the_most_probable_tokens(folder: Path) -> None:
             if token == chats.tokenizer.eos_token_id:  # what follows may be padding
                 break
             ids = torch.cat([ids, torch.tensor([[token]])], 1)
-    assert texts(chats.tokenizer, torch.tensor([[2, 3, chats.tokenizer.eos_token_id, 4]])) == ["0 1"]
 
 
 CHATS = [[user("ask r0 k0")]]
@@ -348,7 +343,7 @@ def test_divergence_from_the_model_before(folder: Path) -> None:
     assert float(before.divergence(batch).abs().max()) < 1e-6
     p = before(ids, mask)[:, :-1][wanted].softmax(-1)
     for tune in ("found", "full", "lora"):
-        model = fit(tuner(folder, tune=tune, lr=1e-2))
+        model = fit(tuner(folder, tune=tune, lr=1e-2), 2)
         q = model.eval()(ids, mask)[:, :-1][wanted].softmax(-1)
         expected = (p * (p / q).log()).sum(-1)
         assert torch.allclose(model.divergence(batch), expected, atol=1e-5) and float(expected.detach().max()) > 1e-6
@@ -521,8 +516,8 @@ def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
         SycophancyDataModule(str(tmp_path)).setup()
     write_files(tmp_path, words())
     for name, text, error in (
-        ("train.jsonl", "[1]\n", r"train.jsonl, line 1: expected an object"),
-        ("train.jsonl", "{\n", r"train.jsonl, line 1: no JSON"),
+        ("train.jsonl", "[1]\n", r"train.jsonl, line 1: expected .*messages.*, found .\[1\]"),
+        ("train.jsonl", "{\n", r"train.jsonl, line 1: expected .*messages.* in JSON"),
         ("train.jsonl", '{"messages": [{"role": "cat", "content": "a"}]}\n', r"line 1: expected .*roles system, user"),
         ("train.jsonl", json.dumps({"messages": CHAT[:2]}), r"No chat to tune on ends in an answer, a user's turn"),
         ("are_you_sure.jsonl", json.dumps({"prompt": [user("yes")], "base": {}}), r"line 1: .*right answer in .base"),
@@ -540,6 +535,6 @@ def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
         files(tmp_path, tokenizer=str(tmp_path / "bare")).setup()
     (tmp_path / "own.jsonl").write_text(json.dumps({"messages": CHAT}))
     with pytest.raises(
-        ZooError, match=r"own.jsonl, line 1: the last message is the assistant's; it must be the user's"
+        ZooError, match=r"own.jsonl, line 1: expected a chat that ends with the user's turn, found .*assistant"
     ):
         files(tmp_path).from_files(tmp_path / "own.jsonl")

@@ -555,7 +555,7 @@ def test_models_that_cannot_be_pruned() -> None:
             word_embed_proj_dim=16,
         )
     )
-    with pytest.raises(ZooError, match=r"No facts of the architecture 'opt': give Anatomy\(model, Family\(layers="):
+    with pytest.raises(ZooError, match=r"No facts of the architecture 'opt'; known are .*Family\(layers="):
         pruner(opt)
     broken = decoder()
     broken.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
@@ -604,7 +604,7 @@ def test_text_that_cannot_be_read(tmp_path: Path, characters: str) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(ZooError, match=r"train text has 0 tokens, less than a block of 64"):
         LMCalibrationDataModule(str(tmp_path), tokenizer=characters).setup()
-    with pytest.raises(ZooError, match="Text needs its model's `tokenizer`"):
+    with pytest.raises(ZooError, match="give `tokenizer`"):
         LMCalibrationDataModule(str(tmp_path)).setup()
     with pytest.raises(ValueError, match="block=1, tokens=200000"):
         LMCalibrationDataModule(block=1)

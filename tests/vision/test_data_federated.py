@@ -328,6 +328,43 @@ def write_listed(root: Path) -> tuple[int, int]:
     return 1, 6
 
 
+def face(kind: int, i: int) -> np.ndarray:
+    return np.random.default_rng(10 * i + kind).integers(0, 256, (48, 48), dtype=np.uint8)
+
+
+def write_raf_db(root: Path, below: str = "basic") -> tuple[int, int]:
+    (root / below / "EmoLabel").mkdir(parents=True)
+    (root / below / "Image" / "aligned").mkdir(parents=True)
+    lines = []
+    for part, n in (("train", 21), ("test", 9)):
+        for i in range(n):
+            Image.fromarray(pictures(1, 3, 10, i)[0]).save(root / below / f"Image/aligned/{part}_{i:05d}_aligned.jpg")
+            lines.append(f"{part}_{i:05d}.jpg {1 + i % 3}")
+    (root / below / "EmoLabel" / "list_patition_label.txt").write_text("\n".join(lines) + "\n")
+    return 3, 10
+
+
+def write_ferplus(root: Path, packed: bool = True) -> tuple[int, int]:
+    """Three classes; one face in four has no majority, is none, or is of the public test."""
+    head = "Usage,Image name,neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,unknown,NF"
+    votes, lines = [head], ["emotion,pixels,Usage"]
+    split = ["4,4,1,0,0,0,0,0,1,0", "0,0,0,0,0,0,0,0,0,10", "1,1,1,1,1,1,1,1,1,1"]
+    for usage, folder, n in (("Training", "FER2013Train", 32), ("PublicTest", "FER2013Valid", 4),
+                             ("PrivateTest", "FER2013Test", 16)):  # fmt: skip
+        (root / folder).mkdir()
+        for i in range(n):
+            kind = i % 4
+            counts = ["7,1,1,1,0,0,0,0,0,0", "0,6,4,0,0,0,0,0,0,0", "0,0,3,1,1,1,1,1,1,1", split[i % 3]][kind]
+            votes.append(f"{usage},{f'fer{len(votes):07d}.png' if kind < 3 else ''},{counts}")
+            lines.append(f"{kind},{' '.join(map(str, face(kind, i).ravel()))},{usage}")
+            if kind < 3 and not packed:
+                Image.fromarray(face(kind, i)).save(root / folder / f"fer{len(votes) - 1:07d}.png")
+    (root / "fer2013new.csv").write_text("\n".join(votes))
+    if packed:
+        (root / "fer2013.csv").write_text("\n".join(lines))
+    return 1, 48
+
+
 WRITERS = [
     write_npz,
     write_vectors,
@@ -338,14 +375,17 @@ WRITERS = [
     write_folders,
     write_sites,
     write_listed,
+    write_raf_db,
+    write_ferplus,
 ]
+CLASSES = {write_svhn: 10, write_raf_db: 7, write_ferplus: 8}
 
 
 @pytest.mark.parametrize("write", WRITERS)
 def test_layouts(write: Any, tmp_path: Path) -> None:
     channels, side = write(tmp_path)
     data = ready(root=str(tmp_path), clients=2, partition="iid", min_size=2)
-    sizes = {"num_classes": 10 if write is write_svhn else 3, "in_channels": channels, "image_size": side}
+    sizes = {"num_classes": CLASSES.get(write, 3), "in_channels": channels, "image_size": side}
     assert data.describe() == sizes | {"num_clients": 2}
     batch = next(iter(data.train_dataloader()))
     assert batch["image"].shape[1:] == (channels, side, side) and batch["image"].isfinite().all()
@@ -363,6 +403,51 @@ def test_first_pictures_are_what_was_written(tmp_path: Path) -> None:
     write_cifar10(folder)
     found = read_pictures(folder)
     assert torch.equal(found.train.image[10], torch.from_numpy(pictures(10, 3, 32, 1)[0].transpose(2, 0, 1).copy()))
+
+
+def test_faces_of_raf_db(tmp_path: Path) -> None:
+    write_raf_db(tmp_path, ".")
+    found = read_pictures(tmp_path, channels=1)
+    assert found.classes[:2] == ["surprise", "fear"] and found.train.label.tolist() == [0, 1, 2] * 7
+    assert found.train.image.shape == (21, 1, 10, 10) and len(found.test) == 9
+    table = tmp_path / "EmoLabel" / "list_patition_label.txt"
+    for line in ("train_00000.jpg 8", "valid_1.jpg 1", "train_00000.jpg"):
+        table.write_text(f"test_00000.jpg 1\n{line}\n")
+        with pytest.raises(ZooError, match=f"line 2: '{line}'; expected train_"):
+            read_pictures(tmp_path)
+    table.write_text("train_99999.jpg 1\n")
+    with pytest.raises(ZooError, match=r"train_99999_aligned\.jpg cannot be read"):
+        read_pictures(tmp_path)
+    table.unlink()
+    with pytest.raises(FileNotFoundError, match=r"list_patition_label\.txt is missing"):
+        ready(root=str(tmp_path))
+
+
+def test_faces_of_ferplus_from_either_form(tmp_path: Path) -> None:
+    sets = []
+    for packed in (True, False):
+        root = tmp_path / str(packed)
+        root.mkdir()
+        write_ferplus(root, packed)
+        sets.append(read_pictures(root))
+    for part in ("train", "test"):
+        one, other = (getattr(found, part) for found in sets)
+        assert torch.equal(one.image, other.image) and torch.equal(one.label, other.label)
+    assert sets[0].classes[7] == "contempt" and torch.bincount(sets[0].train.label).tolist() == [8, 8, 8]
+    assert len(sets[0].test) == 12 and torch.equal(sets[0].train.image[1, 0], torch.from_numpy(face(1, 1)))
+    assert read_pictures(tmp_path / "True", image_size=24, channels=3).train.image.shape == (24, 3, 24, 24)
+    table = tmp_path / "False" / "fer2013new.csv"
+    table.write_text("header\nTraining,fer0000001.png,1,2,3\n")
+    with pytest.raises(ZooError, match="line 2: 5 columns; expected Usage, Image name and 10"):
+        read_pictures(table.parent)
+    pixels = tmp_path / "True" / "fer2013.csv"
+    lines = pixels.read_text().splitlines()
+    pixels.write_text("\n".join([*lines[:1], "0,1 2 3,Training", *lines[2:]]))
+    with pytest.raises(ZooError, match=r"fer2013\.csv, line 2: expected emotion, 48 x 48 grey"):
+        read_pictures(pixels.parent)
+    pixels.write_text("\n".join(lines[:5]))
+    with pytest.raises(ZooError, match="has 4 faces and .* 52; expected the same"):
+        read_pictures(pixels.parent)
 
 
 def test_sites_become_clients(tmp_path: Path) -> None:

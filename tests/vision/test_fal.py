@@ -168,6 +168,21 @@ def test_without_attacks_it_is_federated_averaging_bit_for_bit(off: dict[str, An
     assert all(torch.equal(a[k], b[k]) for k in b)
 
 
+def test_attacks_from_a_round_on_are_fine_tuning() -> None:
+    """Federated averaging bit for bit until then, and FAL from that model afterwards."""
+    late, plain, fal = (tiny(**given) for given in ({"attack_from": 2}, {"adversarial": False}, {}))
+    own, average = after(late), after(plain)
+    assert all(torch.equal(value, average[name]) for name, value in own.items())
+    fal.load_state_dict(average)
+    for model in (late, plain, fal):
+        model.training_step(round_of(seed=2), 2)
+    own, tuned = late.state_dict(), fal.state_dict()
+    assert all(torch.equal(value, tuned[name]) for name, value in own.items())
+    assert not torch.equal(own["model.head.weight"], plain.state_dict()["model.head.weight"])
+    with pytest.raises(ValueError, match="attack_from is -1"):
+        tiny(attack_from=-1)
+
+
 def test_one_step_of_all_clients_is_central_adversarial_sgd() -> None:
     """K = 1, eta_global = 1, equal sizes: a step on the union, attacked at its weights."""
     model = tiny(local_steps=1, local_batch=5, random_start=False, attack_steps=3)

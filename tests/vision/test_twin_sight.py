@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from zoo.engines.federated import Clients, FederatedModule
 from zoo.vision.federated.data_semi_supervised import FederatedSemiSupervisedDataModule
-from zoo.vision.federated.twin_sight import TwinSight, instance_loss, neighbourhood_loss
+from zoo.vision.federated.twin_sight import Dense, TwinSight, agreement_loss, instance_loss, neighbourhood_loss
 
 SMALL = {
     "net": {"name": "cnn", "widths": [4, 6], "features": 8}, "projection": [12, 6], "norm": "none", "in_channels": 1,
@@ -139,6 +139,81 @@ def test_neighbourhood_loss_against_a_loop(valid, xor):
             total += float((a - b) ** 2)
     wanted = total / ((valid ^ 2) if xor else valid**2)
     assert float(neighbourhood_loss(u, s, torch.arange(6) < valid, xor)) == pytest.approx(wanted, rel=1e-10)
+
+
+@pytest.mark.parametrize("valid", [5, 3])
+def test_agreement_loss_against_a_loop(valid):
+    torch.manual_seed(0)
+    p, z = torch.randn(2, 10, 4, requires_grad=True).unbind()
+    mask = torch.arange(5) < valid
+    loss = agreement_loss(p, z, mask)
+    total = 0.0
+    for i in range(valid):
+        for ours, other in ((i, i + 5), (i + 5, i)):
+            a, b = p[ours].tolist(), z[other].tolist()
+            total -= sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
+    assert float(loss.detach()) == pytest.approx(total / (2 * valid), rel=1e-5)
+    assert torch.autograd.grad(loss, z, allow_unused=True) == (None,), "nothing is learnt from what is wanted"
+
+
+def test_agreement_loss_by_hand():
+    east, north = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
+    mask = torch.tensor([True])
+    assert agreement_loss(torch.stack([east, north]), torch.stack([3 * north, east]), mask) == -1
+    assert agreement_loss(torch.stack([east, east]), torch.stack([east, -east]), mask) == 0
+
+
+def test_projectors_and_predictors_are_the_authors():
+    """Where each normalises: SimSiam behind its last layer, too, the others between layers."""
+    shapes = [type(layer).__name__ for layer in Dense([4, 6, 6, 3], "batch", last=True)]
+    assert shapes == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d"]
+    assert [type(layer).__name__ for layer in Dense([4, 6, 3], "batch")] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+    widths = {"byol": [(6, 12), (12, 6)], "simsiam": [(6, 3), (3, 6)]}
+    for kind, wanted in widths.items():
+        linear = [x for x in module(unsupervised=kind).model.predictor if isinstance(x, nn.Linear)]
+        assert [(x.in_features, x.out_features) for x in linear] == wanted
+    paper = TwinSight(unsupervised="simsiam", projection=[512, 512], net={"name": "resnet10", "width": 64})
+    assert [x.out_features for x in paper.model.predictor if isinstance(x, nn.Linear)] == [256, 512]
+
+
+@pytest.mark.parametrize("kind", ["byol", "simsiam"])
+def test_other_objectives_in_a_round(kind, rounds):
+    """Together equals one by one; SimSiam keeps nothing, BYOL's target stays with its client and follows by hand."""
+    found = []
+    for stack in (None, 1):
+        model = module(unsupervised=kind, stack=stack, norm="group", decay=0.9)
+        for number in range(2):
+            model.training_step({**rounds["kinds"], "seed": [number] * 4}, 0)
+        found.append(state(model))
+        sent = model.broadcast()
+        assert not any(name.startswith("model.target.") for name in sent)
+        assert model.logged["train/instance"] <= (4 if kind == "byol" else 1)
+    assert difference(*found) < 1e-5
+    kept = [name for name in found[0] if name.startswith("states.personal__target")]
+    assert bool(kept) == (kind == "byol")
+    assert all(not torch.equal(found[0][name][0], found[0][name][1]) for name in kept if name.endswith("head__0__bias"))
+
+
+def test_byols_target_follows_by_hand():
+    torch.manual_seed(1)
+    model = module(unsupervised="byol", decay=0.75)
+    clients = model.clients(model.start_state([0, 1], model.broadcast()), True)
+    before = {n: v.clone() for n, v in clients.state.items() if n.startswith("target.")}
+    image = torch.rand(2, 6, 1, 8, 8)
+    batch = {"image": image, "strong": image.flip(-1), "label": torch.zeros(2, 6, dtype=torch.long)}
+    batch |= {key: torch.ones(2, 6, dtype=torch.bool) for key in ("labelled", "mask")}
+    logged = clients.step(model.loss, batch)
+    assert all(torch.equal(clients.state[n], v) for n, v in before.items()), "no gradient, and no step"
+    with torch.no_grad():
+        fresh = module(unsupervised="byol").model.train()
+        views = [model.normalise(image[0]), model.normalise(image[0].flip(-1))]
+        p, t = ([f(v) for v in views] for f in (lambda v: fresh.predictor(fresh.unsupervised(v)), fresh.target))
+        one, two = (2 - 2 * F.cosine_similarity(a, b) for a, b in ((p[0], t[1]), (p[1], t[0])))
+    assert float(logged["instance"][0]) == pytest.approx(float((one + two).mean()), rel=1e-5)
+    model.after_step(clients)
+    for name, value in before.items():
+        online = clients.state[name.replace("target.", "unsupervised.")]
+        assert torch.allclose(clients.state[name], 0.75 * value + 0.25 * online, atol=1e-7)
 
 
 def test_neighbourhood_loss_invariances_and_limits():

@@ -295,9 +295,11 @@ def pick_device(device: str) -> str:
 
 
 def convert(name: str, checkpoint: Path, out: Path) -> Path:
-    """An authors' checkpoint as a folder in the Hub's form."""
+    """An authors' checkpoint, a file or for a class with ``read_authors`` a folder, as a folder in the Hub's form."""
     cls: Any = catalogue.load_class(name)
-    content = load_tensors(checkpoint)
+    if checkpoint.is_dir() and not hasattr(cls, "read_authors"):
+        raise ZooError(f"{checkpoint} is a folder; of {name} one file of the authors' is converted.")
+    content = cls.read_authors(checkpoint) if checkpoint.is_dir() else load_tensors(checkpoint)
     values, state = cls.convert_state_dict(content)
     model = cls(**values)
     model.load_state_dict(state)

@@ -36,6 +36,8 @@ class ZooModule(lightning.LightningModule, PyTorchModelHubMixin, library_name="p
         untrusted: hyperparameters that a checkpoint cannot set, because they say whom to talk to: loading takes the
             default, or what the caller gives.
         nan_keys: batch keys that may hold NaN (missing values that the method itself deals with).
+        adds_up: a method without a parameter to train adds up what it fits over processes by itself, see
+            `zoo.core.trainer.GradientsOrSums`.
     """
 
     variants: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -45,6 +47,7 @@ class ZooModule(lightning.LightningModule, PyTorchModelHubMixin, library_name="p
     backbone_prefix: ClassVar[str] = "backbone."
     nan_keys: ClassVar[tuple[str, ...]] = ()
     untrusted: ClassVar[tuple[str, ...]] = ()
+    adds_up: ClassVar[bool] = False
 
     # ---- construction -------------------------------------------------------------------------------------------
 

@@ -15,9 +15,11 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
+import torch.distributed
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -65,6 +67,8 @@ class Trainer(lightning.Trainer):
         super().__init__(default_root_dir=root, logger=logger, callbacks=callbacks, **kwargs)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # neither the user's own nor an accelerator's
             self.strategy.checkpoint_io = WholeCheckpoints()
+        if type(self.strategy) is DDPStrategy:  # by whatever name: "auto", "ddp", "ddp_spawn", ...
+            self.strategy.__class__ = GradientsOrSums
 
     @property
     def folder(self) -> Path:
@@ -133,6 +137,33 @@ def _check_run(path: Path) -> None:
         raise ZooError(f"{path} cannot be read as a checkpoint: {text[:200]}") from error
     if not isinstance(content, dict) or not {"state_dict", "loops", "optimizer_states"} <= content.keys():
         raise ZooError(f"{path} holds no run to go on with. To start from its weights, give a folder to `--from`.")
+
+
+class GradientsOrSums(DDPStrategy):
+    """Lightning's strategy for several processes, also for a model without a parameter to train.
+
+    DistributedDataParallel refuses such a model, and Lightning's strategy wraps whatever it fits. Without gradients to
+    be averaged it stays unwrapped here, and all processes start from the first one's tensors, as Lightning does it for
+    testing. Each process sees its share of the data. So the method must add up by itself what it fits, as with
+    ``self.trainer.strategy.reduce``, and says that it does by the class attribute ``adds_up = True``.
+    """
+
+    def configure_ddp(self) -> None:
+        """Wrap a model that has gradients.
+
+        Raises:
+            ZooError: for a model without any, whose processes would each keep a result of their own.
+        """
+        model: Any = self.model
+        if any(p.requires_grad for p in model.parameters()):
+            return super().configure_ddp()
+        if not getattr(model, "adds_up", False):
+            raise ZooError(
+                f"{type(model).__name__} is fitted without gradients, by one process that sees all data; "
+                f"there are {self.world_size}. Set devices=1 and num_nodes=1."
+            )
+        for tensor in (*model.parameters(), *model.buffers()):
+            torch.distributed.broadcast(tensor.data, 0)
 
 
 class WholeCheckpoints(TorchCheckpointIO):

@@ -21,7 +21,14 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 LAYOUT = """<name>.npz with x_train, y_train, x_test, y_test (one file a site, where there are several);
 cifar-10-batches-py/ or cifar-100-python/; MNIST/raw/ or FashionMNIST/raw/ with idx files, gzipped or not;
 train_32x32.mat and test_32x32.mat (SVHN); {train,test}/<class>/<picture>; client_<x>/<class>/<picture>,
-a site each, with or without test/<class>/<picture>; or clients.csv with file,client,class[,split] beside pictures"""
+a site each, with or without test/<class>/<picture>; clients.csv with file,client,class[,split] beside pictures;
+EmoLabel/list_patition_label.txt and Image/aligned/ (RAF-DB basic); or fer2013new.csv (FERPlus) beside fer2013.csv or
+FER2013Train/ and FER2013Test/"""
+EXPRESSIONS = {
+    "RAF-DB": ["surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral"],
+    "FERPlus": ["neutral", "happiness", "surprise", "sadness", "anger", "disgust", "fear", "contempt"],
+}
+"""Classes of the sets of faces, in the order of their labels or columns."""
 
 
 @dataclass
@@ -68,6 +75,10 @@ def read_pictures(root: Path, image_size: int | None = None, channels: int | Non
         found = [_svhn(root)]
     elif (root / "clients.csv").is_file():
         return _listed(root, image_size, channels)
+    elif (raf := next((place for place in (root, root / "basic") if (place / "EmoLabel").is_dir()), None)) is not None:
+        return _raf_db(raf, image_size, channels)
+    elif (root / "fer2013new.csv").is_file():
+        return _ferplus(root, image_size, channels)
     elif (root / "train").is_dir() or any(root.glob("client_*/")):
         return _folders(root, image_size, channels)
     else:
@@ -277,6 +288,76 @@ def _listed(root: Path, side: int | None, channels: int | None) -> PictureSet:
             part = rows["train" if i < len(files) - len(files) // 5 else "test"]
             part.append((open_picture(file, side, channels), label[name], site[client]))
     return _assembled(root, rows, names, sites, channels)
+
+
+def _raf_db(root: Path, side: int | None, channels: int | None) -> PictureSet:
+    """Aligned faces of RAF-DB's basic expressions: lines are train_00001.jpg or test_0001.jpg, and 1 to 7."""
+    table = root / "EmoLabel" / "list_patition_label.txt"
+    if not table.is_file():
+        raise FileNotFoundError(f"{table} is missing: expected a picture and its label, 1 to 7, a line.")
+    names = EXPRESSIONS["RAF-DB"]
+    rows: dict[str, list[tuple[Tensor, int, int]]] = {"train": [], "test": []}
+    for number, line in enumerate(table.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        file, _, label = line.strip().partition(" ")
+        part = file.partition("_")[0]
+        if part not in rows or not label.isdecimal() or not 1 <= int(label) <= len(names):
+            raise ZooError(
+                f"{table}, line {number}: {line[:80]!r}; expected train_<n>.jpg or test_<n>.jpg, and 1 to 7."
+            )
+        picture = root / "Image" / "aligned" / f"{Path(file).stem}_aligned.jpg"
+        rows[part].append((open_picture(picture, side, channels), int(label) - 1, -1))
+    return _assembled(root, rows, names, [], channels)
+
+
+def _ferplus(root: Path, side: int | None, channels: int | None) -> PictureSet:
+    """Faces of FER2013 with the votes of FERPlus: ``Usage,Image name``, then one column a class, unknown and no face.
+
+    The label has more than half of the votes that two taggers or more agree on, which is FERPlus' "majority"; faces
+    without one are left out. "Training" trains, "PrivateTest" tests, and "PublicTest" is not used. Pixels are those of
+    fer2013.csv, whose lines are in the same order, or the pictures of FER2013Train/ and FER2013Test/.
+    """
+    table, pixels = root / "fer2013new.csv", root / "fer2013.csv"
+    names, lines = EXPRESSIONS["FERPlus"], csv_rows(root / "fer2013new.csv")
+    faces = csv_rows(pixels) if pixels.is_file() else None
+    if faces is not None and len(faces) != len(lines):
+        raise ZooError(f"{pixels} has {len(faces)} faces and {table} {len(lines)}; expected the same, in one order.")
+    rows: dict[str, list[tuple[Tensor, int, int]]] = {"train": [], "test": []}
+    folders = {"Training": ("train", "FER2013Train"), "PrivateTest": ("test", "FER2013Test")}
+    for place, (number, line) in enumerate(lines):
+        votes = line[2:]
+        if len(votes) != len(names) + 2 or not all(vote.isdecimal() for vote in votes):
+            raise ZooError(
+                f"{table}, line {number}: {len(line)} columns; expected Usage, Image name and 10 vote counts."
+            )
+        label = _majority([int(vote) for vote in votes])
+        if line[0] not in folders or label >= len(names):
+            continue
+        part, folder = folders[line[0]]
+        if faces is None:
+            face = open_picture(root / folder / line[1], side, channels)
+        else:
+            face = fit(_face(pixels, *faces[place])[None], side, channels)[0]
+        rows[part].append((face, label, -1))
+    return _assembled(root, rows, names, [], channels)
+
+
+def _majority(votes: list[int]) -> int:
+    """The column with more than half of the votes, single ones aside; the number of columns where there is none."""
+    agreed = [vote if vote > 1 else 0 for vote in votes]
+    return agreed.index(max(agreed)) if 2 * max(agreed) > sum(agreed) else len(votes)
+
+
+def _face(file: Path, number: int, line: list[str]) -> Tensor:
+    """The 48 x 48 grey values of a line of fer2013.csv, ``emotion,pixels,Usage``: (1, 48, 48)."""
+    try:
+        values = np.array(line[1].split(), dtype=np.int64).reshape(1, 48, 48)
+        if values.min() < 0 or values.max() > 255:
+            raise ValueError("no bytes")
+    except (IndexError, ValueError) as error:
+        raise ZooError(
+            f"{file}, line {number}: expected emotion, 48 x 48 grey values from 0 to 255, and Usage."
+        ) from error
+    return torch.from_numpy(values.astype(np.uint8))
 
 
 def _number_or_name(word: str) -> tuple[int, int, str]:

@@ -4,8 +4,8 @@
     flower-superlink ...; flower-supernode ... --node-config 'partition-id=0 root="/data/ours"'; flwr run hospitals
 
 The first command writes a Flower app that names `client` and `server` of this file; `docs/federated.md` goes through
-the rest. What travels is what `broadcast` and `upload` return. What lives on with a client is kept in the node's
-``context.state`` and never leaves it.
+the rest. What travels is what `broadcast` and `upload` return, and what a method's `exchange` before a round asks and
+is answered. What lives on with a client is kept in the node's ``context.state`` and never leaves it.
 
 Run config (in the app's pyproject.toml, or ``flwr run --run-config``):
 
@@ -50,6 +50,7 @@ from zoo.engines.federated.remote import (
     enter,
     merge_classes,
     own_test,
+    recall,
     relabel,
     score,
     surroundings,
@@ -199,9 +200,11 @@ def client_app(
     @app.train()
     def train(message: Message, context: Context) -> Message:
         client, given, here, module, down, around = opened(message, context)
-        order = Order(int(given["round"]), int(given["seed"]), float(given["work"]))
+        aside = from_record(message.content["aside"])
+        order = Order(int(given["round"]), int(given["seed"]), float(given["work"]), str(given["part"]), aside)
         answer, kept = at_client(module, client, here.own, down, _recall(context), order, around)
-        _remember(context, kept)
+        if not order.part:
+            _remember(context, kept)
         metrics = MetricRecord({"samples": answer.size, **answer.logs})
         return Message(_content(up=to_record(answer.up), metrics=metrics), reply_to=message)
 
@@ -209,7 +212,7 @@ def client_app(
     def evaluate(message: Message, context: Context) -> Message:
         client, given, here, module, down, around = opened(message, context)
         enter(module, down, around, int(given["round"]))
-        module.states.write([client], _recall(context))
+        recall(module, client, _recall(context))
         if "keep" in context.node_config:
             module.states.complete()
             module.save_pretrained(Path(str(context.node_config["keep"])) / "model")
@@ -320,7 +323,7 @@ class Nodes:
         if len(self.about) < wanted:
             log.warning("%d of %d clients came within %g s; going on.", len(self.about), wanted, seconds)
 
-    def ask(self, kind: str, down: Tensors, orders: dict[int, dict[str, Any]]) -> dict[int, RecordDict | str]:
+    def ask(self, kind: str, down: Tensors, orders: dict[int, Order]) -> dict[int, RecordDict | str]:
         """Send clients their orders; what each replied, or why it did not."""
         self.refresh()
         nodes, sent = self.node_of, to_record(down)
@@ -328,11 +331,11 @@ class Nodes:
         found: dict[int, RecordDict | str] = {client: "it is not connected" for client in orders}
         for client in orders.keys() & nodes.keys():
             found[client] = f"no answer within {self.timeout:g} s"
-            order = ConfigRecord({**self.common, **orders[client]})
-            content = _content(down=sent, around=around, order=order)
-            messages.append(
-                Message(content, nodes[client], kind, ttl=self.timeout, group_id=str(orders[client]["round"]))
-            )
+            given = orders[client]
+            told = {"round": given.number, "seed": given.seed, "work": float(given.work), "part": given.part}
+            order = ConfigRecord({**self.common, **told})
+            content = _content(down=sent, around=around, aside=to_record(given.aside), order=order)
+            messages.append(Message(content, nodes[client], kind, ttl=self.timeout, group_id=str(given.number)))
         client_of = {node: client for client, node in nodes.items()}
         silent = client_of.values() & orders.keys()
         lost = ""
@@ -347,8 +350,7 @@ class Nodes:
 
     def send(self, down: Tensors, orders: dict[int, Order]) -> dict[int, Answer | str]:
         """What `Machines` calls."""
-        asked = {i: {"round": o.number, "seed": o.seed, "work": float(o.work)} for i, o in orders.items()}
-        return {client: _answer(reply) for client, reply in self.ask("train", down, asked).items()}
+        return {client: _answer(reply) for client, reply in self.ask("train", down, orders).items()}
 
 
 def _reason(reply: Message) -> str:
@@ -477,7 +479,7 @@ def _write(out: Path, module: Any, table: list[dict[str, Any]]) -> None:
 
 def _evaluate(nodes: Nodes, module: Any, out: Path | None) -> None:
     """Every client's scores by its own pictures, in ``out``/clients.csv."""
-    order = {"round": int(module.round), "seed": 0, "work": 1.0}
+    order = Order(int(module.round), 0)
     replies = nodes.ask("evaluate", {n: v.detach() for n, v in module.broadcast().items()}, {
         client: order for client in range(nodes.clients)
     })  # fmt: skip

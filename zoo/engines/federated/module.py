@@ -10,7 +10,7 @@ Index legend: s clients of a round, b samples of a local batch, n samples of all
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +22,7 @@ from torchmetrics import Metric
 
 from zoo.core import ZooError, ZooModule, check_finite
 from zoo.core.seeding import seed_from
-from zoo.engines.federated.aggregation import Message, gather, nbytes
+from zoo.engines.federated.aggregation import Message, full_precision, gather, nbytes
 from zoo.engines.federated.algorithms import algorithm
 from zoo.engines.federated.clients import Bound, Clients, clip, masked_mean
 from zoo.engines.federated.schedule import local_batches
@@ -30,7 +30,10 @@ from zoo.engines.federated.state import ClientStates, _held
 from zoo.engines.federated.views import Views
 from zoo.nn.classifiers import classifier, has_batch_norm
 
-STACK_BELOW = 8e7
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of the tensors of a message, by name."""
+
+STACK_BELOW = 7.5e7
 """Forward operations of a local batch up to which clients train together on a CPU, see `FederatedModule.together`."""
 
 
@@ -161,6 +164,8 @@ class FederatedModule(ZooModule):
     head: ClassVar[tuple[str, ...]] = ("model.head",)
     ragged: ClassVar[dict[str, float]] = {}
     """Names of messages (s, n, ...) that hold a row for each sample of a client, and what pads the smaller ones."""
+    server_only: ClassVar[tuple[str, ...]] = ()
+    """Name prefixes of buffers that the server keeps to itself; the others go to the clients, see `remote`."""
     variants: ClassVar[dict[str, dict[str, Any]]] = {
         "tiny": {"net": {"name": "cnn", "widths": [8, 16], "features": 32}, "norm": "none", "local_batch": 32}
     }
@@ -221,6 +226,7 @@ class FederatedModule(ZooModule):
         self.views = Views(hp["augment"])
         self.states = ClientStates(hp["num_clients"], _held.get(), lean=hp["state_on_disk"])
         self.server = ClientStates(1)
+        self.received: Message = {}  # what came `aside`, on a client's machine
         self.register_buffer("round", torch.zeros((), dtype=torch.long))
         self.register_buffer("sent", torch.zeros(2, dtype=torch.float64))  # bytes up, bytes down
         self.register_buffer("_mean", torch.tensor(hp["mean"] or [0.0]).view(-1, 1, 1), persistent=False)
@@ -291,12 +297,45 @@ class FederatedModule(ZooModule):
         """
         self.set_weights(self.algorithm.aggregate(down, up, weights))
 
+    # ---- before the round, for methods whose clients report something first ---------------------------------------
+
+    def exchange(self, batch: dict[str, Any]) -> None:
+        """The server's part of what comes before a round's work, by way of `consult`; nothing by default."""
+
+    def consult(
+        self, part: str, batch: dict[str, Any], asked: Mapping[int, Message], shapes: Mapping[int, Shapes]
+    ) -> Iterator[tuple[int, Message]]:
+        """Ask clients of a round: the rows that answer, and their answers, one by one; of this rank's rows only.
+
+        Args:
+            part: which of a method's questions. asked: by row of the batch, what goes to this client alone.
+            shapes: by row, those that the answer must have.
+        """
+        world, rank = self._ranks
+        for row in list(asked)[rank::world]:
+            yield row, self.answer(part, batch, row, asked[row])
+
+    def answer(self, part: str, batch: dict[str, Any], row: int, asked: Message) -> Message:
+        """A client's part of an `exchange`: what it answers, of its own samples."""
+        raise NotImplementedError(f"{type(self).__name__} asks {part!r} and answers nothing.")
+
+    def aside(self, client: int) -> Message:
+        """What goes down to one client alone in a round on machines, which keeps it in `received`."""
+        return {}
+
     # ---- the round ----------------------------------------------------------------------------------------------
 
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        """How many processes share a round's clients, and which this is."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self._trainer is not None else (1, 0)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        with torch.no_grad(), full_precision(self.round):
+            self.exchange(batch)
         down = self.broadcast()
         answered = [row for row, share in enumerate(batch["work"]) if share > 0]
-        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self._trainer is not None else (1, 0)
+        world, rank = self._ranks
         if len(answered) < world:
             raise ZooError(f"{len(answered)} clients answered in this round: too few for {world} processes.")
         up, kept, logs = self.local(batch, down, answered[rank::world])
@@ -357,9 +396,14 @@ class FederatedModule(ZooModule):
         for count, batch in samples:
             if count < clients.count:
                 clients.narrow(count)
-            for name, value in clients.step(self.loss, batch, only).items():
+            found = clients.step(self.loss, batch, only)
+            self.after_step(clients)
+            for name, value in found.items():
                 total.setdefault(name, torch.zeros_like(counts))[:count] += value
         return {name: value / counts for name, value in total.items()}
+
+    def after_step(self, clients: Clients) -> None:
+        """What else changes in the clients' states after each of their steps along `loss`; nothing by default."""
 
     def start_state(self, ids: Sequence[int], down: Message) -> Message:
         """What each client begins with, to be read only: what came down, and its own of what is personal; (s, ...)."""
@@ -490,7 +534,7 @@ class FederatedModule(ZooModule):
     @torch.no_grad()
     def _evaluate(self, batch: dict[str, Any], split: str) -> None:
         """Every process has all sets, and scores every so-manieth piece of them."""
-        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self._trainer is not None else (1, 0)
+        world, rank = self._ranks
         first, number = 0, 0
         for client, size in zip(batch["client"], batch["size"], strict=True):
             for start in range(first, first + size, 1024):

@@ -20,8 +20,8 @@ from torch import Tensor
 from zoo.core import ZooError
 from zoo.core.datamodule import epoch_order
 from zoo.core.seeding import seed_from
-from zoo.engines.federated.aggregation import Message, nbytes
-from zoo.engines.federated.module import FederatedModule
+from zoo.engines.federated.aggregation import Message, full_precision, nbytes
+from zoo.engines.federated.module import FederatedModule, Shapes
 from zoo.engines.federated.schedule import sample_clients
 from zoo.engines.federated.state import holding
 
@@ -34,16 +34,23 @@ class Order:
 
     Args:
         number: rounds done before. seed: of this client in this round. work: share of its steps to do, in (0, 1].
+        part: a question of the method's `FederatedModule.exchange`, before the round's work; "" is the work.
+        aside: what goes to this client alone.
     """
 
     number: int
     seed: int
     work: float = 1.0
+    part: str = ""
+    aside: Message = field(default_factory=dict)
 
 
 @dataclass
 class Answer:
-    """What comes back from a client: ``up``, each (1, ...), its number of samples, and means to log."""
+    """What comes back from a client: ``up``, its number of samples, and means to log.
+
+    ``up`` is each (1, ...) after a round's work, and as `FederatedModule.answer` gives it in an exchange.
+    """
 
     up: Message
     size: int
@@ -62,7 +69,7 @@ def round_seed(seed: int, per_epoch: int, number: int) -> int:
 
 def surroundings(module: FederatedModule) -> Message:
     """Buffers that are neither the net's nor the clients' nor counters: what a method holds for all, as a frame."""
-    apart = ("model.", "states.", "server.", "accuracy.")
+    apart = ("model.", "states.", "server.", "accuracy.", *module.server_only)
     saved = module.state_dict()
     named = dict(module.named_buffers())
     return {n: v for n, v in named.items() if n in saved and not n.startswith(apart) and n not in ("round", "sent")}
@@ -102,14 +109,27 @@ def at_client(
         kept: what the last round left here, each (1, ...); ``{}`` at first. around: the server's `surroundings`.
     """
     device = module.device
-    down, own = move_data_to_device((down, own), device)
+    down, own, aside = move_data_to_device((down, own, order.aside), device)
     enter(module, down, around or {}, order.number)
-    module.states.write([client], kept)
+    recall(module, client, kept)
     batch = {**own, "client": [client], "work": [order.work], "seed": [order.seed]}
+    size = sum(own["size"])
+    if order.part:
+        with torch.no_grad(), full_precision(module.round):
+            return Answer(module.answer(order.part, batch, 0, aside), size), kept
+    module.received.update(aside)
     up, stays, logs = module.local(batch, down, [0])
     module.states.write([client], stays)
     means = {name: float(value.float().mean()) for name, value in logs.items()}
-    return Answer(up, sum(own["size"]), means), module.states.read([client])
+    received = {f"received.{name}": value for name, value in module.received.items()}
+    return Answer(up, size, means), module.states.read([client]) | received
+
+
+def recall(module: FederatedModule, client: int, kept: Message) -> None:
+    """Put back what a round left on a client's machine, as `at_client` gave it."""
+    module.states.write([client], {n: v for n, v in kept.items() if not n.startswith("received.")})
+    received = {n.removeprefix("received."): v for n, v in kept.items() if n.startswith("received.")}
+    module.received = move_data_to_device(received, module.device)
 
 
 @torch.no_grad()
@@ -177,7 +197,7 @@ class Machines:
         if not 1 <= min_clients <= self.per_round:
             raise ZooError(f"min_clients is {min_clients}; it must be between 1 and {self.per_round}, those asked.")
         self.silent: dict[int, str] = {}
-        self.wire = 0
+        self.wire = self._asked = 0
 
     def step(self) -> dict[str, float]:
         """One round; what a client's training logged, as weighted means, and "answered".
@@ -185,14 +205,19 @@ class Machines:
         Raises:
             ZooError: if fewer than ``min_clients`` answered; the global weights are then as they were.
         """
+        self.silent = {}
         number = int(self.module.round)
         seed = round_seed(self.seed, self.per_epoch, number)
         ids, work = sample_clients(self.clients, self.per_round, seed, self.dropout, self.stragglers)
+        self._asked = sum(share > 0 for share in work)
         # how many samples a client has is known when it answers
         seeds = [seed_from(seed, i) for i in ids]
         batch: dict[str, Any] = {"client": ids, "work": work, "seed": seeds, "size": [0] * len(ids)}
         found: dict[str, float] = {}
-        with _instead(self.module, local=self._ask, log=lambda name, value, **_: found.update({name: float(value)})):
+        with _instead(
+            self.module, local=self._ask, consult=self._consult,
+            log=lambda name, value, **_: found.update({name: float(value)}),
+        ):  # fmt: skip
             self.module.train()
             try:
                 self.module.training_step(batch, number)
@@ -205,39 +230,67 @@ class Machines:
 
     def _ask(self, batch: dict[str, Any], down: Message, rows: Sequence[int]) -> tuple[Message, Message, Message]:
         """In the place of `FederatedModule.local`: the clients work elsewhere, and what is theirs stays there."""
-        number, device = int(self.module.round), self.module.device
-        orders = {batch["client"][row]: Order(number, batch["seed"][row], batch["work"][row]) for row in rows}
-        answers = self.send(down, orders)
-        self.silent = {}
-        good: dict[int, Answer] = {}
+        device = self.module.device
+        answers = self._send("", batch, down, {row: self.module.aside(batch["client"][row]) for row in rows})
         forms = Counter(self._form(answer) for answer in answers.values() if isinstance(answer, Answer))
         common = dict(forms.most_common(1)[0][0]) if forms else {}
-        for row in rows:
-            client = batch["client"][row]
-            answer = answers.get(client, "no answer in time")
-            fault = answer if isinstance(answer, str) else self._fault(answer, common)
-            if fault or isinstance(answer, str):
-                self.silent[client], batch["work"][row] = fault, 0.0
-                log.warning("Round %d goes on without client %d: %s", number + 1, client, fault)
-                continue
-            good[client], batch["size"][row] = answer, answer.size
-        self.wire += len(orders) * nbytes(down) + sum(nbytes(answer.up) for answer in good.values())
-        if len(good) < self.min_clients:
-            reasons = "; ".join(f"client {client}: {fault}" for client, fault in list(self.silent.items())[:3])
-            raise ZooError(
-                f"Round {number + 1}: {len(good)} of {len(orders)} clients answered, min_clients is "
-                f"{self.min_clients}. {reasons}"
-            )
+        own = self.module.state_dict()
+        expected = {n: (1, *own[n].shape) if n.startswith("model.") and n in own else s for n, s in common.items()}
+        good = self._good(batch, answers, dict.fromkeys(answers, expected))
+        for row, answer in good.items():
+            batch["size"][row] = answer.size
         first = next(iter(good.values()))
         up = {name: self._joined(name, [answer.up[name] for answer in good.values()]).to(device) for name in first.up}
         every = [name for name in first.logs if all(name in answer.logs for answer in good.values())]
         logs = {name: torch.tensor([answer.logs[name] for answer in good.values()], device=device) for name in every}
         return up, {}, logs
 
-    def _fault(self, answer: Answer, common: Mapping[str, tuple[int, ...]]) -> str:
-        """What is wrong with an answer: it must look as most do, and like the net, and be finite; "" if nothing is."""
-        shapes, own = dict(self._form(answer)), self.module.state_dict()
-        expected = {n: (1, *own[n].shape) if n.startswith("model.") and n in own else s for n, s in common.items()}
+    def _consult(
+        self, part: str, batch: dict[str, Any], asked: Mapping[int, Message], shapes: Mapping[int, Shapes]
+    ) -> Iterator[tuple[int, Message]]:
+        """In the place of `FederatedModule.consult`; the rows of clients that fall silent have no work left."""
+        good = self._good(batch, self._send(part, batch, {}, asked), shapes)
+        for row, answer in good.items():
+            yield row, {name: value.to(self.module.device) for name, value in answer.up.items()}
+
+    def _send(
+        self, part: str, batch: dict[str, Any], down: Message, asides: Mapping[int, Message]
+    ) -> dict[int, Answer | str]:
+        """What clients answer, by row of the batch."""
+        number, client = int(self.module.round), batch["client"]
+        orders = {
+            client[row]: Order(number, batch["seed"][row], batch["work"][row], part, aside)
+            for row, aside in asides.items()
+        }
+        self.wire += len(orders) * nbytes(down) + sum(nbytes(aside) for aside in asides.values())
+        answers = self.send(down, orders)
+        return {row: answers.get(client[row], "no answer in time") for row in asides}
+
+    def _good(
+        self, batch: dict[str, Any], answers: Mapping[int, Answer | str], shapes: Mapping[int, Shapes]
+    ) -> dict[int, Answer]:
+        """The answers that are sound, by row; the other clients are out of this round."""
+        good: dict[int, Answer] = {}
+        number = int(self.module.round) + 1
+        for row, answer in answers.items():
+            fault = answer if isinstance(answer, str) else self._fault(answer, shapes[row])
+            if fault or isinstance(answer, str):
+                self.silent[batch["client"][row]], batch["work"][row] = fault, 0.0
+                log.warning("Round %d goes on without client %d: %s", number, batch["client"][row], fault)
+            else:
+                good[row] = answer
+        self.wire += sum(nbytes(answer.up) for answer in good.values())
+        left, asked = sum(share > 0 for share in batch["work"]), self._asked
+        if left < self.min_clients:
+            reasons = "; ".join(f"client {client}: {fault}" for client, fault in list(self.silent.items())[:3])
+            raise ZooError(
+                f"Round {number}: {left} of {asked} clients answered, min_clients is {self.min_clients}. {reasons}"
+            )
+        return good
+
+    def _fault(self, answer: Answer, expected: Shapes) -> str:
+        """What is wrong with an answer: it must have the shapes that are expected, and be finite; "" if nothing is."""
+        shapes = dict(self._form(answer))
         far = [n for n in sorted({**expected, **shapes}) if shapes.get(n) != expected.get(n)]
         if far:
             return f"its message does not fit: {far[0]} is {shapes.get(far[0])}, expected {expected.get(far[0])}"

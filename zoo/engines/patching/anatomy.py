@@ -122,9 +122,9 @@ class Anatomy:
         if family is None:
             if kind not in FAMILIES:
                 raise ZooError(
-                    f"No facts of the architecture {kind!r}: give Anatomy(model, Family(layers=..., attention=..., "
-                    "out=..., query=..., key=..., value=..., mlp=..., norms=..., norm=..., head=...)). Known are "
-                    f"{', '.join(sorted(FAMILIES))}."
+                    f"No facts of the architecture {kind!r}; known are {', '.join(sorted(FAMILIES))}. In Python "
+                    f"zoo.engines.patching.FAMILIES[{kind!r}] = Family(layers=..., attention=..., out=..., query=..., "
+                    "key=..., value=..., mlp=..., norms=..., norm=..., head=...) makes it known."
                 )
             family = FAMILIES[kind]
         self.model, self.family, self.config = model, family, config

@@ -76,6 +76,26 @@ def at(positions: Any, new: Tensor) -> Callable[[Tensor], Tensor]:
     return change
 
 
+def copies(value: Any, b: int, n: int) -> Any:
+    """What a forward is given, for n copies of its b prompts: tensors of b rows, wherever they stand, with n b rows."""
+    if isinstance(value, Tensor):
+        return value.repeat(n, *[1] * (value.ndim - 1)) if n > 1 and value.ndim > 1 and len(value) == b else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(copies(v, b, n) for v in value)
+    return {k: copies(v, b, n) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def in_copy(i: int, b: int, new: Tensor) -> Callable[[Tensor], Tensor]:
+    """A change of the i-th of several copies of b prompts only: its value is ``new`` (b, ...)."""
+
+    def change(value: Tensor) -> Tensor:
+        found = value.clone()
+        found[i * b : (i + 1) * b] = new.to(value)
+        return found
+
+    return change
+
+
 @contextlib.contextmanager
 def _hooked(anatomy: Anatomy, seen: Mapping[Site, Callable[[Tensor], Tensor]], writes: bool = True) -> Iterator[None]:
     """Pass the values of sites through functions; one hook a module."""
@@ -173,11 +193,23 @@ def inputs_of(anatomy: Anatomy, given: Mapping[str, Tensor] | Tensor) -> dict[st
     ids = inputs["input_ids"]
     if ids.ndim != 2 or not ids.numel():
         raise ZooError(f"input_ids are {tuple(ids.shape)}; expected (prompts, positions), at least one of each.")
-    words = anatomy.config.vocab_size
-    if int(ids.max()) >= words or int(ids.min()) < 0:
-        raise ZooError(f"A token is {int(ids.max())}; the model has {words}. Is it another model's tokenizer?")
+    check_tokens(ids, anatomy.config.vocab_size)
     device = device_of(anatomy.model)
     return {key: value.to(device) for key, value in inputs.items()}
+
+
+def check_tokens(ids: Tensor, words: int) -> None:
+    """Refuse token ids that are not among a model's.
+
+    Raises:
+        ZooError: naming one.
+    """
+    if ids.is_meta or not ids.numel():
+        return
+    least, most = (int(value) for value in ids.aminmax())
+    if least < 0 or most >= words:
+        found = least if least < 0 else most
+        raise ZooError(f"A token is {found}; the model has {words}. Is it another model's tokenizer?")
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zoo.core.errors import ZooError
 from zoo.engines.patching.anatomy import Anatomy, Site
-from zoo.engines.patching.runs import capture, evaluating, inputs_of, instead, patched
+from zoo.engines.patching.runs import capture, copies, evaluating, in_copy, inputs_of, instead, patched
 
 Inputs = Mapping[str, Tensor] | Tensor
 Score = Callable[[Tensor], Tensor]
@@ -92,10 +92,10 @@ def activation_sweep(
             _logits(anatomy, first, position)
         b = len(first["input_ids"])
         for group in _groups(known, max(rows // b, 1)):
-            changes = {site: _in_copy(i, b, new[site]) for i, site in enumerate(group)}
+            changes = {site: in_copy(i, b, new[site]) for i, site in enumerate(group)}
             start = stream[Site(group[0].layer, "input")].repeat(len(group), 1, 1)
             with _from(anatomy, group[0].layer, start, kinds), patched(anatomy, changes):
-                logits = _logits(anatomy, {k: _copies(v, b, len(group)) for k, v in first.items()}, position)
+                logits = _logits(anatomy, copies(first, b, len(group)), position)
             found.update(zip(group, score(logits.unflatten(0, (len(group), b))), strict=True))
     return torch.stack([found[site] for site in known])
 
@@ -136,10 +136,10 @@ def path_sweep(
         for group in _groups(known, max(rows // b, 1)):
             n, layer = len(group), group[0].layer
             forwards = _frozen(anatomy, group, old, new, b, kinds)
-            changes = {site: _in_copy(i, b, new[site]) for i, site in enumerate(group) if site.kind == "mlp"}
+            changes = {site: in_copy(i, b, new[site]) for i, site in enumerate(group) if site.kind == "mlp"}
             start = old[Site(layer, "input")].repeat(n, 1, 1)
             with _from(anatomy, layer, start, kinds), instead(forwards), patched(anatomy, changes):
-                logits = _logits(anatomy, {k: _copies(v, b, n) for k, v in short.items()}, 0)
+                logits = _logits(anatomy, copies(short, b, n), 0)
             found.update(zip(group, score(logits.unflatten(0, (n, b))), strict=True))
     return torch.stack([found[site] for site in known])
 
@@ -185,11 +185,11 @@ def receiver_sweep(
             whole = score(_logits(anatomy, first, position)[None])[0]
         for group in _groups([site for site in known if site.layer < high], max(rows // b, 1)):
             n = len(group)
-            copies = {key: _copies(value, b, n) for key, value in first.items()}
-            arrived = _arriving(anatomy, group, into, copies, old, new, b, kinds)
+            repeated = copies(first, b, n)
+            arrived = _arriving(anatomy, group, into, repeated, old, new, b, kinds)
             start = old[Site(low, "input")].repeat(n, 1, 1)
             with _from(anatomy, low, start, kinds), patched(anatomy, arrived):
-                logits = _logits(anatomy, copies, position)
+                logits = _logits(anatomy, repeated, position)
             found.update(zip(group, score(logits.unflatten(0, (n, b))), strict=True))
     return torch.stack([found.get(site, whole) for site in known])
 
@@ -198,7 +198,7 @@ def _arriving(
     anatomy: Anatomy,
     group: Sequence[Site],
     into: Sequence[Site],
-    copies: Mapping[str, Tensor],
+    repeated: Mapping[str, Tensor],
     old: dict[Site, Tensor],
     new: dict[Site, Tensor],
     b: int,
@@ -212,10 +212,10 @@ def _arriving(
         module = anatomy.attention(late)
         forwards[module] = _noting(forwards[module], seen, late)
     forwards |= {module: _passing(kinds[module]) for module in anatomy.layers[high + 1 :]}
-    changes = {site: _in_copy(i, b, new[site]) for i, site in enumerate(group) if site.kind == "mlp"}
+    changes = {site: in_copy(i, b, new[site]) for i, site in enumerate(group) if site.kind == "mlp"}
     start = old[Site(layer, "input")].repeat(len(group), 1, 1)
     with _from(anatomy, layer, start, kinds), instead(forwards), patched(anatomy, changes):
-        _logits(anatomy, copies, -1)
+        _logits(anatomy, repeated, -1)
     made: dict[nn.Module, Tensor] = {}
     found = {}
     for site in into:
@@ -249,11 +249,11 @@ def _frozen(
     sent = _sent(anatomy, group, old[Site(layer, "attention")].repeat(n, 1, 1), old, new, b)
     forwards = {}
     for later in range(layer, len(anatomy.layers) if last is None else last + 1):
-        value, copies = (sent, 1) if later == layer else (old[Site(later, "attention")], n)
+        value, times = (sent, 1) if later == layer else (old[Site(later, "attention")], n)
         module = anatomy.attention(later)
-        forwards[module] = _always(value, kinds[module], copies)
+        forwards[module] = _always(value, kinds[module], times)
         if anatomy.family.attends:  # a norm after the projection: its result is what is added
-            forwards[anatomy.attends(later)] = _always(value, 0, copies)
+            forwards[anatomy.attends(later)] = _always(value, 0, times)
     return forwards
 
 
@@ -289,26 +289,11 @@ def _groups(sites: Sequence[Site], most: int) -> list[list[Site]]:
     return found
 
 
-def _copies(value: Tensor, b: int, n: int) -> Tensor:
-    return value.repeat(n, *[1] * (value.ndim - 1)) if len(value) == b else value
-
-
-def _in_copy(i: int, b: int, new: Tensor) -> Callable[[Tensor], Tensor]:
-    """Put ``new`` (b, ...) into the i-th copy of the prompts."""
-
-    def change(value: Tensor) -> Tensor:
-        found = value.clone()
-        found[i * b : (i + 1) * b] = new
-        return found
-
-    return change
-
-
-def _always(value: Tensor, kind: int, copies: int = 1) -> Callable[..., Any]:
-    """A forward that gives copies of a value, in a tuple of that length (0: as it is)."""
+def _always(value: Tensor, kind: int, times: int = 1) -> Callable[..., Any]:
+    """A forward that gives a value so many times, in a tuple of that length (0: as it is)."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        result = value if copies == 1 else value.repeat(copies, 1, 1)
+        result = value if times == 1 else value.repeat(times, 1, 1)
         return (result, *[None] * (kind - 1)) if kind else result
 
     return forward

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from zoo.core.errors import ZooError
 from zoo.engines.patching.anatomy import Anatomy, Site, Slice, is_transposed
-from zoo.engines.patching.runs import evaluating, inputs_of, instead, patched
+from zoo.engines.patching.runs import copies, evaluating, in_copy, inputs_of, instead, patched
 from zoo.engines.patching.weights import swapped
 
 Weights = Mapping[str, Tensor]
@@ -171,7 +171,7 @@ def logits_after(anatomy: Anatomy, passage: Passage, stream: Tensor) -> Tensor:
     given = (stream,) if passage.tuples else stream
     with instead(dict.fromkeys(anatomy.layers, lambda *args, **kwargs: given)):
         n = len(stream) // passage.rows
-        return anatomy.model(**_copies(passage.inputs, passage.rows, n), use_cache=False).logits
+        return anatomy.model(**copies(passage.inputs, passage.rows, n), use_cache=False).logits
 
 
 def _first(output: Any) -> Tensor:
@@ -181,22 +181,13 @@ def _first(output: Any) -> Tensor:
 def _block(anatomy: Anatomy, passage: Passage, layer: int, stream: Tensor, attention: Tensor | None = None) -> Tensor:
     """What leaves a block; ``attention`` (n b, t, d) is taken for what attention gives."""
     n = len(stream) // passage.rows
-    args, kwargs = _copies(passage.blocks[layer], passage.rows, n)
+    args, kwargs = copies(passage.blocks[layer], passage.rows, n)
     known = {}
     if attention is not None:
         result = (attention, *[None] * (passage.kind - 1)) if passage.kind else attention
         known[anatomy.attention(layer)] = lambda *a, **k: result
     with instead(known):
         return _first(anatomy.layers[layer](stream, *args, **kwargs))
-
-
-def _copies(value: Any, b: int, n: int) -> Any:
-    """Arguments for n copies of the prompts: masks and positions, wherever they stand, with n b rows."""
-    if isinstance(value, Tensor):
-        return value.repeat(n, *[1] * (value.ndim - 1)) if n > 1 and value.ndim > 1 and len(value) == b else value
-    if isinstance(value, (tuple, list)):
-        return type(value)(_copies(v, b, n) for v in value)
-    return {k: _copies(v, b, n) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 # ---- sweeps ----------------------------------------------------------------------------------------------------------
@@ -259,7 +250,7 @@ def value_sweep(
 
     def after(passage: Passage, layer: int, group: Sequence[Site]) -> Tensor:
         b = passage.rows
-        new = {site: _in_copy(i, b, values[site]) for i, site in enumerate(group)}
+        new = {site: in_copy(i, b, values[site]) for i, site in enumerate(group)}
         with patched(anatomy, new):
             return _block(anatomy, passage, layer, passage.streams[layer].repeat(len(group), 1, 1))
 
@@ -303,15 +294,6 @@ def _plainly(model: nn.Module, gradients: bool = False) -> Iterator[None]:
     """Eval mode, outside of inference mode, whose tensors could not be put into parameters."""
     with torch.inference_mode(False), evaluating(model, gradients):
         yield
-
-
-def _in_copy(i: int, b: int, new: Tensor) -> Callable[[Tensor], Tensor]:
-    def change(value: Tensor) -> Tensor:
-        found = value.clone()
-        found[i * b : (i + 1) * b] = new.to(value)
-        return found
-
-    return change
 
 
 def _with_heads(anatomy: Anatomy, passage: Passage, layer: int, weights: Weights, heads: Sequence[int]) -> Tensor:
@@ -378,8 +360,6 @@ def first_order(
 ) -> Tensor:
     """How what is read would change, to first order: <gradient, other's weights - own>, (sites,); one backward.
 
-    A parameter's gradient is used and dropped as soon as it is there: never more than one is held.
-
     Args:
         readout: the stream (b, t, d) -> (b,), whose sum is differentiated; no tensor in it is one of inference mode.
     """
@@ -388,17 +368,41 @@ def first_order(
     for i, site in enumerate(known):
         for part in module_slices(anatomy, site):
             places.setdefault(part.name, []).append((i, part))
-    parameters = dict(anatomy.model.named_parameters())
-    kept = {name: (p.requires_grad, p.grad) for name, p in parameters.items()}
     found = [0.0] * len(known)
 
-    def use(name: str) -> Callable[[Tensor], None]:
+    def use(name: str, own: Tensor, gradient: Tensor) -> None:
+        change = weights[name].detach().to(gradient) - own
+        for i, part in places[name]:
+            found[i] += float((part.of(gradient) * part.of(change)).sum(dtype=torch.float64))
+
+    with_gradients(anatomy, inputs, places, use, readout, until)
+    return torch.tensor(found)
+
+
+def with_gradients(
+    anatomy: Anatomy,
+    inputs: Inputs,
+    names: Iterable[str],
+    use: Callable[[str, Tensor, Tensor], None],
+    readout: Readout,
+    until: int | None = None,
+) -> float:
+    """Use the gradients of parameters, each dropped as soon as it is there: never more than one is held.
+
+    Args:
+        names: of the parameters. use: called with a parameter's name, value and gradient.
+        readout: as in `first_order`.
+    Returns:
+        the sum that was differentiated
+    """
+    names = list(names)
+    parameters = dict(anatomy.model.named_parameters())
+    kept = {name: (p.requires_grad, p.grad) for name, p in parameters.items()}
+
+    def hooked(name: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
-            gradient = parameter.grad
-            assert gradient is not None
-            change = weights[name].detach().to(gradient) - parameter.detach()
-            for i, part in places[name]:
-                found[i] += float((part.of(gradient) * part.of(change)).sum(dtype=torch.float64))
+            assert parameter.grad is not None
+            use(name, parameter.detach(), parameter.grad)
             parameter.grad = None
 
         return hook
@@ -406,14 +410,16 @@ def first_order(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_plainly(anatomy.model, gradients=True))
         stack.callback(_restore, parameters, kept)
-        for name, p in parameters.items():
+        for p in parameters.values():
             p.grad = None
-            p.requires_grad_(name in places)
-        for name in places:
-            stack.callback(parameters[name].register_post_accumulate_grad_hook(use(name)).remove)
+            p.requires_grad_(False)
+        for name in names:
+            parameters[name].requires_grad_(True)
+            stack.callback(parameters[name].register_post_accumulate_grad_hook(hooked(name)).remove)
         given = {k: v.clone() for k, v in inputs_of(anatomy, inputs).items()}  # none of inference mode
-        readout(record(anatomy, given, until).streams[-1]).sum().backward()
-    return torch.tensor(found)
+        total = readout(record(anatomy, given, until).streams[-1]).sum()
+        total.backward()
+    return float(total.detach())
 
 
 def _restore(parameters: Mapping[str, nn.Parameter], kept: Mapping[str, tuple[bool, Tensor | None]]) -> None:

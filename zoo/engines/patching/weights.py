@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from zoo.core.errors import ZooError
 from zoo.engines.patching.anatomy import Anatomy, Site, Slice, is_transposed
+from zoo.engines.patching.runs import device_of
 
 
 def weights_of(model: nn.Module, slices: Iterable[Slice]) -> dict[Slice, Tensor]:
@@ -30,7 +31,7 @@ def swapped(model: nn.Module, weights: Mapping[Slice, Tensor]) -> Iterator[None]
         for part, value in weights.items():
             if part.name not in parameters:
                 raise ZooError(f"The model has no parameter {part.name!r}.")
-            place = part.of(parameters[part.name]).detach()
+            place = part.of(here(parameters[part.name], part.name, value)).detach()
             if place.shape != value.shape:
                 raise ZooError(f"{part.name}: a value of {tuple(value.shape)} for a part of {tuple(place.shape)}.")
             old.append((place, place.clone()))
@@ -39,6 +40,19 @@ def swapped(model: nn.Module, weights: Mapping[Slice, Tensor]) -> Iterator[None]
     finally:
         for place, value in reversed(old):
             place.copy_(value)
+
+
+def here(parameter: Tensor, name: str, value: Tensor) -> Tensor:
+    """A parameter, made sure to be in memory, if what shall come into it is.
+
+    Raises:
+        ZooError: if accelerate keeps it elsewhere until it is needed: what were written into it would be lost.
+    """
+    if parameter.is_meta and not value.is_meta:
+        raise ZooError(
+            f"{name} waits outside of its module (offloaded by accelerate): load the model without offloading."
+        )
+    return parameter
 
 
 @contextlib.contextmanager
@@ -56,6 +70,7 @@ def exchanged(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]
             raise ZooError(f"The model has no parameter {name!r}.")
         if parameters[name].shape != value.shape:
             raise ZooError(f"{name}: a value of {tuple(value.shape)} for one of {tuple(parameters[name].shape)}.")
+        here(parameters[name], name, value)
     with torch.inference_mode(False):
         old = {name: parameters[name].data for name in weights}
         try:
@@ -73,7 +88,8 @@ class Deltas(nn.Module):
     What a projection gives is changed by ``delta x`` beside its own weight, which stays as it is; the model never holds
     a second copy of a weight. Which heads and MLPs they belong to stands in two buffers, so that a checkpoint of these
     tensors alone says all; the model may be another copy of the same. Heads of one group share keys and values: the
-    changes that each brings add up.
+    changes that each brings add up. All lie on one device, that of the model's inputs; where accelerate spreads the
+    model over devices each is added where its projection works, and that one's weight may wait elsewhere meanwhile.
 
     Args:
         anatomy: of the model. heads, mlps: how many of each. biases: change the projections' biases, too.
@@ -92,17 +108,14 @@ class Deltas(nn.Module):
         if not 0 <= heads <= every or not 0 <= mlps <= layers or not heads + mlps:
             raise ZooError(f"{heads} heads and {mlps} MLPs to tune; the model has {every} and {layers}.")
         self.biases = biases
-        parameters = dict(anatomy.model.named_parameters())
+        parameters, device = dict(anatomy.model.named_parameters()), device_of(anatomy.model)
         self.values = nn.ParameterDict()
         for kind, count in (("head", heads), ("mlp", mlps)):
-            for place, part in enumerate(
-                self._parts(anatomy, Site(0, kind, 0 if kind == "head" else -1)) if count else ()
-            ):
-                is_transposed(
-                    anatomy.model.get_submodule(part.name.rpartition(".")[0])
-                )  # refuses what is no projection
-                own = part.of(parameters[part.name])
-                self.values[f"{kind}_{place}"] = nn.Parameter(own.new_zeros(count, *own.shape, dtype=torch.float32))
+            first = Site(0, kind, 0 if kind == "head" else -1)
+            for place, part in enumerate(self._parts(anatomy, first) if count else ()):
+                is_transposed(anatomy.model.get_submodule(part.name.rpartition(".")[0]))  # refuses what has no weight
+                shape = part.of(parameters[part.name]).shape
+                self.values[f"{kind}_{place}"] = nn.Parameter(torch.zeros(count, *shape, device=device))
         self.register_buffer("head_index", torch.full((heads, 2), -1))
         self.register_buffer("mlp_index", torch.full((mlps,), -1))
 
@@ -159,20 +172,25 @@ class Deltas(nn.Module):
 
     @torch.no_grad()
     def merge(self, anatomy: Anatomy, scale: float = 1.0) -> None:
-        """Add the changes, times ``scale``, to the model's own weights."""
+        """Add the changes, times ``scale``, to the model's own weights.
+
+        Raises:
+            ZooError: for a model with weights that are not in memory.
+        """
         parameters = dict(anatomy.model.named_parameters())
         for part, value in self.changes(anatomy):
-            part.of(parameters[part.name]).add_(value.to(parameters[part.name]), alpha=scale)
+            own = here(parameters[part.name], part.name, value)
+            part.of(own).add_(value.to(own), alpha=scale)
 
 
 def _changed(parts: list[tuple[Slice, Tensor]], turned: bool) -> Callable[..., Tensor]:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = args[0]
+        x = args[0].to(output.device)  # accelerate brings a module's inputs to its device only within
         for part, value in parts:
             if value.ndim == 1:
-                own, start = value.to(output.dtype).expand(*output.shape[:-1], -1), part.start
+                own, start = value.to(output).expand(*output.shape[:-1], -1), part.start
             else:
-                matrix = (value.T if turned else value).to(x.dtype)
+                matrix = (value.T if turned else value).to(x)
                 inputs = part.dim == (0 if turned else 1)
                 seen = x[..., part.start : part.start + part.size] if inputs else x
                 own, start = F.linear(seen, matrix), 0 if inputs else part.start

@@ -1,6 +1,5 @@
 """Blocks of text for language models: to calibrate them by, and to measure their perplexity on."""
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,15 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from zoo.core import ZooDataModule, ZooError, seed_from
+from zoo.core import ZooError, seed_from
 from zoo.data.plain import write_csv
+from zoo.data.prompts import PromptDataModule, broken, ending, records, text_of
 from zoo.language.compression.texts import MarkovText
 
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
 ENDINGS = (".txt", ".jsonl")
 
 
-class LMCalibrationDataModule(ZooDataModule):
+class LMCalibrationDataModule(PromptDataModule):
     """Blocks of token ids. Batch: "input_ids" (b, t) int64; "attention_mask" (b, t), 0 at padding; "name": list[str].
 
     root=None: text over 64 symbols in which the next one depends on the last two (`MarkovText` of ``seed``): ``tokens``
@@ -62,43 +62,12 @@ class LMCalibrationDataModule(ZooDataModule):
         self.save_hyperparameters()
         if block < 2 or tokens < 10 * block:
             raise ValueError(f"block={block}, tokens={tokens}: at least 2 tokens a block, and 10 blocks.")
-        self._words: Any = None
 
-    @property
-    def options(self) -> Any:
-        """The arguments."""
-        return self.hparams
-
-    @property
-    def words(self) -> Any:
-        """The tokenizer.
-
-        Raises:
-            ZooError: if it cannot be loaded, or is needed and not given.
-        """
-        if self._words is None:
-            name = self.options.tokenizer
-            if name is None:
-                if self.root is not None:
-                    raise ZooError("Text needs its model's `tokenizer`: give a Hub id or folder.")
-                self._words = MarkovText(self.seed).tokenizer
-            else:
-                from transformers import AutoTokenizer
-
-                try:
-                    self._words = AutoTokenizer.from_pretrained(name)
-                except (OSError, ValueError, KeyError) as error:
-                    raise ZooError(f"No tokenizer in {name!r}: {str(error).strip().splitlines()[0]}") from error
-        return self._words
-
-    def remember(self) -> dict[str, Any]:
-        """The tokenizer, too, where others can have it: by its Hub id."""
-        name = self.options.tokenizer
-        known = name is not None and not Path(name).is_dir()
-        return {**super().remember(), **({"tokenizer": name} if known else {})}
+    def own_tokenizer(self) -> Any:
+        return MarkovText(self.seed).tokenizer
 
     def build(self) -> dict[str, Dataset]:
-        block = self.options.block
+        block = self.hparams.block
         if self.root is None:
             return self._generated(block)
         files = self._files(self.root)
@@ -116,15 +85,18 @@ class LMCalibrationDataModule(ZooDataModule):
         found: dict[str, Dataset] = {}
         for split, share in (("train", 1.0), ("val", 0.1), ("test", 0.1)):
             generator = torch.Generator().manual_seed(seed_from("markov text", self.seed, split))
-            count = math.ceil(share * self.options.tokens / block)
+            count = math.ceil(share * self.hparams.tokens / block)
             found[split] = TextBlocks(text.draw(count, block, generator), split)
         return found
 
     def _cut(self, text: str, split: str) -> Tensor:
-        block = self.options.block
+        block = self.hparams.block
         ids = self.words(text, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) < block:
-            raise ZooError(f"The {split} text has {len(ids)} tokens, less than a block of {block}.")
+            raise ZooError(
+                f"{self.root}: the {split} text has {len(ids)} tokens, less than a block of {block}. Give more text, "
+                "or a smaller `block`."
+            )
         return torch.tensor(ids[: len(ids) // block * block]).view(-1, block)
 
     # ---- files ----------------------------------------------------------------------------------------------------
@@ -147,9 +119,10 @@ class LMCalibrationDataModule(ZooDataModule):
             except ZooError as error:
                 self.skip(file, error)
                 continue
+            self.check_words([text for _, text in every])
             for name, text in every:
                 ids = self.words(text, add_special_tokens=False, verbose=False)["input_ids"]
-                parts = [ids[i : i + self.options.block] for i in range(0, len(ids), self.options.block)]
+                parts = [ids[i : i + self.hparams.block] for i in range(0, len(ids), self.hparams.block)]
                 parts = [part for part in parts if len(part) > 1]
                 rows += parts
                 names += [name if len(parts) == 1 else f"{name}:{i}" for i in range(len(parts))]
@@ -178,20 +151,13 @@ def documents(file: Path) -> Iterator[tuple[str, str]]:
     Raises:
         ZooError: for a line that is no {"text": ...}, or a file that is no text in UTF-8.
     """
-    try:
-        whole = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ZooError(f"{file} is no text file in UTF-8: {error}") from error
-    if file.suffix != ".jsonl":
-        yield file.name, whole
+    if ending(file) != ".jsonl":
+        yield file.name, text_of(file)
         return
-    for number, line in enumerate(whole.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            yield f"{file.name}#{number}", str(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ZooError(f'{file}, line {number}: expected {{"text": ...}}, found {line[:60]!r}.') from error
+    for number, row in records(file, '{"text": ...}'):
+        if row.get("text") is None:
+            raise broken(file, number, '{"text": ...}', row)
+        yield f"{file.name}#{number}", str(row["text"])
 
 
 class TextBlocks(Dataset):

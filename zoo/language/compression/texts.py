@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from zoo.core import ZooError, seed_from
+from zoo.data.prompts import text_of
 from zoo.language.llm.languages import train_decoder, word_tokenizer
 
 
@@ -81,7 +82,7 @@ def pretrain_characters(
     path = Path(root) / "input.txt"
     if not path.is_file():
         raise ZooError(f"{path} is missing: expected a text to train a small decoder on.")
-    text = path.read_text(encoding="utf-8")
+    text = text_of(path)
     tokenizer = character_tokenizer(sorted(set(text)))
     known = torch.tensor(tokenizer(text[: int(share * len(text))])["input_ids"])
     if len(known) <= block:

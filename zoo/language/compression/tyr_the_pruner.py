@@ -30,7 +30,7 @@ import copy
 import logging
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -38,9 +38,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.text import Perplexity
 
-from zoo.core import ZooError, ZooModule
+from zoo.core import ZooError
 from zoo.core.seeding import seed_from
-from zoo.engines.patching import Anatomy, Site, capture
+from zoo.engines.patching import CausalLMModule, Site, capture
 from zoo.engines.patching.runs import evaluating, inputs_of
 from zoo.language.compression import evolution
 from zoo.language.compression.evolution import FITNESS, State
@@ -54,7 +54,7 @@ from zoo.language.compression.supernet import (
     prunables,
     refuse_broken,
 )
-from zoo.nn.backbones import build_backbone, known_mask
+from zoo.nn.backbones import build_backbone
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class Search:
         self.loaded = list(state)
 
 
-class TyrThePruner(ZooModule):
+class TyrThePruner(CausalLMModule):
     """Prune a causal language model to a share of its heads and neurons.
 
     There is no gradient: a training step is one generation of the search, the first ones of a fit gather calibration
@@ -141,7 +141,6 @@ class TyrThePruner(ZooModule):
         False
     """
 
-    backbone: Any
     perplexity: Any
     removed: Tensor
     centre: Tensor
@@ -245,46 +244,22 @@ class TyrThePruner(ZooModule):
     # ---- the model ------------------------------------------------------------------------------------------------
 
     @property
-    def anatomy(self) -> Anatomy:
-        """The backbone's parts by name."""
-        kept = self.__dict__.get("_anatomy")
-        if kept is None or kept.model is not self.backbone:
-            self.__dict__["_anatomy"] = kept = Anatomy(self.backbone)
-        return kept
-
-    @property
     def layers(self) -> list[Prunable]:
         """What is pruned: layer by layer the MLP's and the attention's projection."""
         return prunables(self.anatomy)
 
     @classmethod
     def from_backbone(cls, module: Any, **hparams: Any) -> Self:
-        """Take a live causal language model of transformers; its weights are saved with ours."""
-        config = {k: v for k, v in module.config.to_diff_dict().items() if k not in ("transformers_version", "dtype")}
+        """Take a live causal language model of transformers, in its dtype; its weights are saved with ours."""
         dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
-        hparams = {"backbone_dtype": dtype, **hparams}
-        model = cls(backbone={**config, "model_type": module.config.model_type}, **hparams)
-        model.backbone.load_state_dict(module.state_dict())
+        model = super().from_backbone(module, **{"backbone_dtype": dtype, **hparams})
         refuse_broken(model.layers)
         return model
 
-    def saved_state_dict(self) -> dict[str, Tensor]:
-        """All, but of a backbone that comes from the Hub only the layers that are pruned."""
-        state = self.state_dict()
-        if not isinstance(self.hyperparameters["backbone"], str):
-            return state
-        changed = {id(layer.module.weight) for layer in self.layers}
-        own = {f"backbone.{name}" for name, p in self.backbone.named_parameters() if id(p) in changed}
-        return {key: value for key, value in state.items() if not key.startswith("backbone.") or key in own}
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits (b, t, v) of token ids (b, t), as pruned so far."""
-        if input_ids.ndim != 2 or not input_ids.numel():
-            raise ValueError(f"input_ids are {tuple(input_ids.shape)}; expected (texts, positions), at least one each.")
-        return self.backbone(input_ids, attention_mask=known_mask(input_ids, attention_mask), use_cache=False).logits
-
-    def example_inputs(self) -> tuple[Tensor, ...]:
-        return (torch.tensor([[1, 2, 3, 4, 5]], device=self.device) % self.backbone.config.vocab_size,)
+    def changed_weights(self) -> Collection[str]:
+        """Those of the layers that are pruned."""
+        pruned = {id(layer.module.weight) for layer in self.layers}
+        return [name for name, p in self.backbone.named_parameters() if id(p) in pruned]
 
     # ---- the search -----------------------------------------------------------------------------------------------
 
@@ -612,6 +587,3 @@ class TyrThePruner(ZooModule):
         told = mask[:, 1:].float()
         nll = (loss.view_as(told) * told).sum(1) / told.sum(1).clamp(min=1)
         return {"nll": nll, "perplexity": nll.exp()}
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        return {"name": batch["name"], **self.predict(batch["input_ids"], batch["attention_mask"])}

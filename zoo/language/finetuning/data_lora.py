@@ -1,9 +1,8 @@
 """Texts with labels for fine-tuning: public sentence sets as they are on disk, a user's own CSV, a toy language."""
 
 import csv
-import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ import torch
 from torch.utils.data import Dataset
 
 from zoo.core import ZooDataModule, ZooError, atomic_write, seed_from
+from zoo.data.prompts import RECORDS, broken, ending, lines, records, text_of
 
 log = logging.getLogger(__name__)
 
-TABLES = {".csv": ",", ".tsv": "\t"}
 TEXT_NAMES = ("text", "sentence", "content", "review", "question")
 LABEL_NAMES = ("label", "labels", "class", "category", "target")
 SPLITS = {"train": ("train",), "val": ("dev", "val", "valid", "validation"), "test": ("test",)}
@@ -240,60 +239,39 @@ class LoRAFinetuneDataModule(ZooDataModule):
     def _rows(self, path: Path, labelled: bool = True) -> list[tuple[str, str | None, str]]:
         """(text, label or None, "file:line") of each row."""
         labelled = labelled and self.task == "classification"
-        lines = decode(path)
-        if path.suffix.lower() in TABLES:
-            return list(self._table(path, lines, labelled))
-        if path.suffix.lower() in (".jsonl", ".json"):
-            return list(self._json_lines(path, lines, labelled))
-        if not labelled:
-            if self.task == "causal-lm":
-                text = "\n".join(lines)
-                cuts = range(0, len(text), self.block)
-                return [
-                    (text[i : i + self.block], None, f"{path.name}:{i}")
-                    for i in cuts
-                    if text[i : i + self.block].strip()
-                ]
-            return [(line.strip(), None, f"{path.name}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+        if ending(path) in RECORDS:
+            return self._fields(path, labelled)
+        if labelled:
+            return self._labelled_lines(path)
+        if self.task == "causal-lm":
+            text = text_of(path, latin=True).removesuffix("\n")
+            parts = ((text[i : i + self.block], i) for i in range(0, len(text), self.block))
+            return [(part, None, f"{path.name}:{i}") for part, i in parts if part.strip()]
+        return [(line.strip(), None, f"{path.name}:{number}") for number, line in lines(path, latin=True)]
+
+    def _labelled_lines(self, path: Path) -> list[tuple[str, str | None, str]]:
+        """Lines of a label and a sentence."""
         rows: list[tuple[str, str | None, str]] = []
-        for number, line in enumerate(lines, 1):
+        for number, line in lines(path, latin=True):
             label, _, text = line.strip().partition(" ")
-            if not label:
-                continue
             if not text.strip():
-                raise ZooError(f"{path}:{number}: expected 'label sentence', got {line.strip()[:40]!r}.")
+                raise broken(path, number, "'label sentence'", line.strip())
             rows.append((text.strip(), label, f"{path.name}:{number}"))
         return rows
 
-    def _table(self, path: Path, lines: list[str], labelled: bool) -> Iterator[tuple[str, str | None, str]]:
-        quoting = csv.QUOTE_NONE if path.suffix.lower() == ".tsv" else csv.QUOTE_MINIMAL  # GLUE's TSV quotes nothing
-        rows = csv.DictReader((line + "\n" for line in lines), delimiter=TABLES[path.suffix.lower()], quoting=quoting)
-        header = list(rows.fieldnames or [])
-        text, label = self._pick(path, header, labelled)
-        for row in rows:
-            value = row.get(text)
-            if value is None or not value.strip():
-                self.skip(path, f"line {rows.line_num} has no text")
-                continue
-            if label and not (row.get(label) or "").strip():
-                raise ZooError(f"{path}:{rows.line_num}: no label in column {label!r}.")
-            yield value.strip(), row[label].strip() if label else None, f"{path.name}:{rows.line_num}"
-
-    def _json_lines(self, path: Path, lines: list[str], labelled: bool) -> Iterator[tuple[str, str | None, str]]:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ZooError(f"{path}:{number} is not JSON ({error}): expected one object a line.") from error
-            if not isinstance(row, dict):
-                raise ZooError(f"{path}:{number} holds {type(row).__name__}: expected an object with text and label.")
+    def _fields(self, path: Path, labelled: bool) -> list[tuple[str, str | None, str]]:
+        """The fields of text and label of a table or of JSON lines."""
+        rows: list[tuple[str, str | None, str]] = []
+        for number, row in records(path, "an object with text and label", latin=True):
             text, label = self._pick(path, list(row), labelled)
-            if not str(row[text]).strip():
+            value, given = (None if key is None else row[key] for key in (text, label))
+            if value is None or not str(value).strip():
                 self.skip(path, f"line {number} has no text")
                 continue
-            yield str(row[text]).strip(), str(row[label]) if label else None, f"{path.name}:{number}"
+            if label and (given is None or not str(given).strip()):
+                raise broken(path, number, f"a label in {label!r}", row)
+            rows.append((str(value).strip(), str(given).strip() if label else None, f"{path.name}:{number}"))
+        return rows
 
     def _pick(self, path: Path, header: list[str], labelled: bool) -> tuple[str, str | None]:
         """The columns of text and label."""
@@ -342,22 +320,6 @@ class LoRAFinetuneDataModule(ZooDataModule):
                     numbers = [f"{float(batch[key][i]):.6g}" for key in scores]
                     table.writerow([text, *([labels[i]] if labels is not None else []), *numbers])
         return [target]
-
-
-def decode(path: Path) -> list[str]:
-    """The lines of a text file: UTF-8 (a byte order mark is dropped), latin-1 where that fails.
-
-    Raises:
-        ZooError: if it holds zero bytes, so is no text.
-    """
-    content = path.read_bytes()
-    if b"\0" in content[:4096]:
-        raise ZooError(f"{path.name} is not a text file.")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = content.decode("latin-1")
-    return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
 
 
 def _words(name: str) -> list[str]:

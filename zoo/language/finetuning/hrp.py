@@ -45,7 +45,8 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassMatthewsCorrCoef
 
 from zoo.core import ZooError, ZooModule
-from zoo.nn.backbones import build_backbone
+from zoo.core.errors import first_line
+from zoo.nn.backbones import build_backbone, config_of, take_weights
 
 log = logging.getLogger(__name__)
 
@@ -663,16 +664,8 @@ class HRP(ZooModule):
             tokenizer: a transformers tokenizer; it is saved with the checkpoint. None hashes words.
             hparams: hyperparameters of `HRP` other than ``backbone``.
         """
-        config = {k: v for k, v in module.config.to_diff_dict().items() if k not in ("transformers_version", "dtype")}
-        model = cls(backbone={**config, "model_type": module.config.model_type}, **hparams)
-        plain = {key.replace(".base_layer.", "."): key for key in model.backbone.state_dict()}
-        state = {plain[key]: value for key, value in module.state_dict().items() if key in plain}
-        result = model.backbone.load_state_dict(state, strict=False)
-        absent = [key for key in result.missing_keys if "lora_" not in key]
-        if absent:
-            raise ZooError(
-                f"from_backbone: the model lacks {len(absent)} weights of its config's class ({absent[0]}, ...)."
-            )
+        model = cls(backbone=config_of(module), **hparams)
+        take_weights(model.backbone, module)
         if model.hparams.init in ("pissa", "dora"):  # both start from the weights that have only now come
             for layer in lora_layers(model.backbone).values():
                 config_ = model.backbone.peft_config[adapter_of(layer)]
@@ -691,9 +684,8 @@ class HRP(ZooModule):
         try:
             return _with_padding(AutoTokenizer.from_pretrained(where, revision=pinned))
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise ZooError(
-                f"No tokenizer in {where!r} ({reason}). Pass tokenizer='hash', a Hub id or a folder."
+                f"No tokenizer in {where!r} ({first_line(error)}). Pass tokenizer='hash', a Hub id or a folder."
             ) from error
 
     # ---- checkpoints --------------------------------------------------------------------------------------------

@@ -17,12 +17,10 @@ prompts that count (`least`) and the sizes of the generated language are ours. T
 ours.
 """
 
-import itertools
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from zoo.engines.patching import Site
 from zoo.engines.patching.runs import evaluating
@@ -76,21 +74,7 @@ class ArithmeticHeads(HeadTuner):
     ):
         super().__init__()
         self.save_hyperparameters()
-        self._setup()
-        for name in NAMES:
-            setattr(self, name, MeanMetric())
-
-    def example_inputs(self) -> tuple[Tensor, ...]:
-        return (torch.tensor([[1, 2, 3, 4, 5]], device=self.device) % self.backbone.config.vocab_size,)
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._score("val", batch)
-
-    def on_test_start(self) -> None:
-        """Heads that training has not found are found by the test's own prompts."""
-        if not int(self.found) and self.hyperparameters["tune"] in ("found", "random", "none"):
-            loaders: Any = self.trainer.test_dataloaders
-            self.find(itertools.islice(loaders, self.hyperparameters["find_batches"]))
+        self._setup(NAMES)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Beside the accuracies: what is left of them without the heads that matter most, and without as many others
@@ -105,8 +89,7 @@ class ArithmeticHeads(HeadTuner):
         for draw in range(5):
             others = self.ranked(k, how="random", draw=draw)
             self.accuracy_without_others.update(self.knocked_out(batch, others).float().mean(), b)
-        share = self.effects.abs().flatten().sort(descending=True).values
-        self.share.update(share[:k].sum() / share.sum(), b)
+        self.share.update(self.share_of_effects(k), b)
         if "cues" in batch:
             self.attention.update(self.attended(batch, top).mean(), b)
         for name in ("accuracy_without", "accuracy_without_others", "share", "attention"):
@@ -152,9 +135,6 @@ class ArithmeticHeads(HeadTuner):
         """The most probable next token of prompts (b, t), padded on the left: "token" (b,), "probability" (b,)."""
         best = super().predict(input_ids, attention_mask)[:, -1].float().softmax(-1).max(-1)
         return {"token": best.indices, "probability": best.values}
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        return {"name": batch["name"], **self.predict(batch["input_ids"], batch["attention_mask"])}
 
 
 NAMES = ("accuracy", "other_accuracy", "accuracy_without", "accuracy_without_others", "share", "attention")

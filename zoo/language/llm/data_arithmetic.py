@@ -1,18 +1,16 @@
 """Prompts that ask for a calculation, and their counterfactual ones: generated words, natural templates, GSM8K."""
 
-import gzip
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from zoo.core import ZooDataModule, ZooError
+from zoo.core import ZooError
 from zoo.data.plain import write_csv
+from zoo.data.prompts import PromptDataModule, answered, labelled, questions
 from zoo.language.llm.languages import ArithmeticLanguage
 
 TEMPLATES = {
@@ -24,7 +22,7 @@ TEMPLATES = {
 """By operation: pairs of a prompt and the same without the cue to calculate."""
 
 
-class ArithmeticPromptDataModule(ZooDataModule):
+class ArithmeticPromptDataModule(PromptDataModule):
     """Sums to find heads by, to tune on and to test on, and another ability beside them.
 
     Training batches: "input_ids", "attention_mask", "labels" (b, t), labels -100 where nothing is learnt; "reference",
@@ -39,7 +37,8 @@ class ArithmeticPromptDataModule(ZooDataModule):
     root=DIR: DIR/train.jsonl and DIR/test.jsonl of GSM8K ({"question", "answer"} a line, gzipped or not) to tune on and
     to test on; heads are found by prompts from templates, with operands up to ``largest``. Needs ``tokenizer``. MIT.
 
-    A user's own prompts: a text file, one a line; the answers are a CSV of prompt, answer, probability.
+    A user's own prompts: a text file, one a line, or the field "prompt" of JSON lines, CSV or TSV; the answers are a
+    CSV of prompt, answer, probability.
 
     Args:
         root: folder of GSM8K; None for the generated language.
@@ -47,14 +46,15 @@ class ArithmeticPromptDataModule(ZooDataModule):
         modulus: of the generated sums. length: training sentences an epoch.
         tokenizer: Hub id or folder of the backbone's tokenizer; None for the generated language's.
         operations: of prompts from templates: "+", "-", "*", "/".
-        largest: operands go up to it. block: tokens of a GSM8K text at most; longer ones are left out.
+        largest: operands go up to it. block: tokens of a text at most; longer ones of GSM8K are left out, a longer
+            prompt of the user's is refused.
     Raises:
         FileNotFoundError: if a file is missing.
-        ZooError: for text without tokenizer, or templates that this tokenizer does not split alike.
+        ZooError: for text without tokenizer, a broken line, a prompt that does not fit, or templates that this
+            tokenizer does not split alike.
     """
 
     embedded: ClassVar[str] = "sums in a generated language"
-    unit: ClassVar[str] = "prompt"
 
     def __init__(
         self,
@@ -76,35 +76,9 @@ class ArithmeticPromptDataModule(ZooDataModule):
             raise ValueError(f"operations is {operations}; any of {', '.join(TEMPLATES)}.")
         if modulus < 2 or length < 1 or largest < 1 or block < 8:
             raise ValueError(f"modulus={modulus}, length={length}, largest={largest}, block={block}: out of range.")
-        self._words: Any = None
 
-    @property
-    def words(self) -> Any:
-        """The tokenizer; it pads on the left.
-
-        Raises:
-            ZooError: if it cannot be loaded.
-        """
-        if self._words is None:
-            name = self.hparams.tokenizer
-            if name is None:
-                self._words = ArithmeticLanguage(self.hparams.modulus).tokenizer
-            else:
-                from transformers import AutoTokenizer
-
-                try:
-                    self._words = AutoTokenizer.from_pretrained(name, padding_side="left")
-                except (OSError, ValueError, KeyError) as error:
-                    raise ZooError(f"No tokenizer in {name!r}: {str(error).strip().splitlines()[0]}") from error
-                if self._words.pad_token is None:
-                    self._words.pad_token = self._words.eos_token
-        return self._words
-
-    def remember(self) -> dict[str, Any]:
-        """The tokenizer, too, where others can have it: by its Hub id."""
-        name = self.hparams.tokenizer
-        known = name is not None and not Path(name).is_dir()
-        return {**super().remember(), **({"tokenizer": name} if known else {})}
+    def own_tokenizer(self) -> Any:
+        return ArithmeticLanguage(self.hparams.modulus).tokenizer
 
     def build(self) -> dict[str, Dataset]:
         hp = self.hparams
@@ -115,8 +89,6 @@ class ArithmeticPromptDataModule(ZooDataModule):
                 "val": GeneratedSums(language, hp.modulus**2, test=True),
                 "test": GeneratedSums(language, hp.modulus**2, test=True),
             }
-        if hp.tokenizer is None:
-            raise ZooError("GSM8K is text: give `tokenizer`, the backbone's Hub id or folder.")
         prompts = Prompts(self.words, hp.operations, hp.largest)
         sets: dict[str, Dataset] = {}
         for split in ("train", "test"):
@@ -130,28 +102,7 @@ class ArithmeticPromptDataModule(ZooDataModule):
             f"{split}.jsonl", expected='GSM8K, a line each: {"question": ..., "answer": ...}',
             get="https://github.com/openai/grade-school-math has it.",
         )  # fmt: skip
-        opener: Any = gzip.open if path.suffix == ".gz" else open
-        found = []
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    item = json.loads(line)
-                    found.append((str(item["question"]), str(item["answer"])))
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ZooError(
-                        f"{path}, line {number}: expected a question and an answer, found {line[:60]!r}."
-                    ) from error
-        return found
-
-    # ---- a user's own prompts -----------------------------------------------------------------------------------
-
-    def read(self, path: Path) -> Dataset:
-        """A text file with a prompt a line."""
-        try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ZooError(f"{path} is no text file in UTF-8: {error}") from error
-        return OwnPrompts(lines, self.words)
+        return [(row["question"], row["answer"]) for row in questions(path)]
 
     def write(self, predictions: Iterable[dict[str, Any]], path: Path) -> list[Path]:
         """``predictions.csv``: prompt, answer, probability."""
@@ -248,42 +199,17 @@ class Solutions(Dataset):
 
     def __init__(self, lines: list[tuple[str, str]], tokenizer: Any, prompts: Prompts, block: int):
         self.prompts, self.pad = prompts, tokenizer.pad_token_id
-        end = tokenizer.eos_token or ""
-        asked = tokenizer([f"Question: {q}\nAnswer:" for q, _ in lines])["input_ids"]
-        whole = tokenizer([f"Question: {q}\nAnswer: {a}{end}" for q, a in lines])["input_ids"]
-        self.items = [(ids, len(head)) for ids, head in zip(whole, asked, strict=True) if len(ids) <= block]
+        every = answered(tokenizer, [(f"Question: {question}\nAnswer:", answer) for question, answer in lines])
+        self.items = [item for item in every if len(item[0]) <= block]
+        if not every:
+            raise ZooError("GSM8K's file is empty: expected a question and an answer a line.")
         if not self.items:
-            raise ZooError(f"No text fits into block={block} tokens; the shortest has {min(map(len, whole))}.")
+            shortest = min(len(ids) for ids, _ in every)
+            raise ZooError(f"No text fits into block={block} tokens; the shortest has {shortest}. Raise `block`.")
 
     def __len__(self) -> int:
         return len(self.items)
 
     def batch(self, indices: list[int], generator: torch.Generator) -> dict[str, Any]:
         chosen = [self.items[i] for i in indices]
-        t = max(len(ids) for ids, _ in chosen)
-        ids = torch.stack([F.pad(torch.tensor(own), (t - len(own), 0), value=self.pad) for own, _ in chosen])
-        mask = torch.stack([(torch.arange(t) >= t - len(own)).long() for own, _ in chosen])
-        labels = ids.clone()
-        for row, (own, asked) in enumerate(chosen):
-            labels[row, : t - len(own) + asked] = -100
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "labels": labels,
-            **self.prompts.draw(len(indices), generator),
-        }
-
-
-class OwnPrompts(Dataset):
-    """A user's prompts."""
-
-    def __init__(self, lines: list[str], tokenizer: Any):
-        self.lines, self.tokenizer = lines, tokenizer
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def batch(self, indices: list[int], generator: torch.Generator) -> dict[str, Any]:
-        texts = [self.lines[i] for i in indices]
-        found = self.tokenizer(texts, padding=True, return_tensors="pt")
-        return {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"], "name": texts}
+        return {**labelled(chosen, self.pad), **self.prompts.draw(len(indices), generator)}

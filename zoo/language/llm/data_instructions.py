@@ -1,7 +1,6 @@
 """Prompts with an instruction and their likes without: a generated language, IFEval, pairs in JSON lines."""
 
 import functools
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -9,12 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from zoo.core import ZooDataModule, ZooError, seed_from
+from zoo.core import ZooError, seed_from
 from zoo.data.plain import write_csv
+from zoo.data.prompts import PromptDataModule, broken, encoded, padded, prompts, records
 from zoo.engines.patching import Anatomy, Deltas
 from zoo.language.llm.languages import all_right, masked_loss, train_decoder, word_tokenizer
 
@@ -28,7 +27,7 @@ Judge = Callable[[Sequence[int]], list[bool]]
 """Token ids of a response -> which of its constraints hold."""
 
 
-class InstructionPairDataModule(ZooDataModule):
+class InstructionPairDataModule(PromptDataModule):
     """Prompts that instruct, to see where in the weights of an expert the instruction is carried.
 
     Batches: "prompt", "prompt_mask" (b, u), padded on the left; "skill" (b,), the number of the expert whose it is;
@@ -46,8 +45,8 @@ class InstructionPairDataModule(ZooDataModule):
     one do. Needs ``tokenizer``. Of IFEval only prompts are judged all of whose constraints are in `CONSTRAINTS`; the
     others are left out of the test and named. IFEval: Apache-2.0.
 
-    A user's own prompts: a text file, one a line; the answers are a CSV of prompt, projections on the anchor and the
-    module that brings back most.
+    A user's own prompts: a text file, one a line, or the field "prompt" of JSON lines, CSV or TSV; the answers are a
+    CSV of prompt, projections on the anchor and the module that brings back most.
 
     Args:
         root: folder of prompts; None for the generated language.
@@ -62,7 +61,6 @@ class InstructionPairDataModule(ZooDataModule):
     """
 
     embedded: ClassVar[str] = "words in a generated language"
-    unit: ClassVar[str] = "prompt"
 
     def __init__(
         self,
@@ -81,38 +79,28 @@ class InstructionPairDataModule(ZooDataModule):
         self.save_hyperparameters()
         if not 2 <= letters <= 26 or size < 1 or length < 1 or block < 8:
             raise ValueError(f"letters={letters}, size={size}, length={length}, block={block}: out of range.")
-        self._words: Any = None
 
     @property
     def words(self) -> Any:
         """The tokenizer; it pads on the left.
 
         Raises:
-            ZooError: if it cannot be loaded, or has no template where one is asked for.
+            ZooError: if it cannot be loaded, is not given for files, or has no template where one is asked for.
         """
-        if self._words is None:
-            name = self.hparams.tokenizer
-            if name is None:
-                self._words = InstructionLanguage(self.hparams.letters, self.hparams.size).tokenizer
-            else:
-                self._words = _tokenizer(name)
-            if self.hparams.chat and not self._words.chat_template:
-                raise ZooError(f"The tokenizer {name!r} has no chat template: leave chat=False.")
-        return self._words
+        found = super().words
+        if self.hparams.chat and not found.chat_template:
+            raise ZooError(f"The tokenizer {self.hparams.tokenizer!r} has no chat template: leave chat=False.")
+        return found
 
-    def remember(self) -> dict[str, Any]:
-        """The tokenizer, too, where others can have it: by its Hub id."""
-        name = self.hparams.tokenizer
-        known = name is not None and not Path(name).is_dir()
-        return {**super().remember(), **({"tokenizer": name} if known else {})}
+    def own_tokenizer(self) -> Any:
+        return InstructionLanguage(self.hparams.letters, self.hparams.size).tokenizer
 
     def build(self) -> dict[str, Dataset]:
         hp = self.hparams
         if self.root is None:
             language = InstructionLanguage(hp.letters, hp.size)
             return {split: GeneratedWords(language, hp.length, split) for split in ("train", "val", "test")}
-        if hp.tokenizer is None:
-            raise ZooError("These prompts are text: give `tokenizer`, the backbone's Hub id or folder.")
+        _ = self.words  # what is wrong with it is said before the files are read
         pairs, judged = self.root / "pairs.jsonl", self.root / "input_data.jsonl"
         if not pairs.is_file():
             self.need(
@@ -138,12 +126,10 @@ class InstructionPairDataModule(ZooDataModule):
     # ---- a user's own prompts -----------------------------------------------------------------------------------
 
     def read(self, path: Path) -> Dataset:
-        """A text file with a prompt a line."""
-        try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ZooError(f"{path} is no text file in UTF-8: {error}") from error
-        return self._texts([{"prompt": line} for line in lines])
+        """A user's prompts, see `zoo.data.prompts.prompts`."""
+        found = prompts(path)
+        self.check_words(found)
+        return self._texts([{"prompt": text} for text in found])
 
     def write(self, predictions: Iterable[dict[str, Any]], path: Path) -> list[Path]:
         """``predictions.csv``: prompt, projections of base and expert on the anchor, best module, its recovery."""
@@ -158,63 +144,33 @@ class InstructionPairDataModule(ZooDataModule):
         return write_csv(path, ["prompt", "base", "expert", "best_module", "recovery"], rows)
 
 
-def _tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        found = AutoTokenizer.from_pretrained(name, padding_side="left")
-    except (OSError, ValueError, KeyError) as error:
-        raise ZooError(f"No tokenizer in {name!r}: {str(error).strip().splitlines()[0]}") from error
-    if found.pad_token is None:
-        found.pad_token = found.eos_token
-    return found
-
-
 # ---- text ------------------------------------------------------------------------------------------------------------
-
-
-def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                item = json.loads(line)
-            except ValueError as error:
-                raise ZooError(f"{path}, line {number} is no JSON: {line[:60]!r}.") from error
-            if not isinstance(item, dict):
-                raise ZooError(f"{path}, line {number}: expected an object, found {line[:60]!r}.")
-            found.append((number, item))
-    return found
 
 
 def _pairs(path: Path) -> list[dict[str, Any]]:
     """Pairs of prompts, checked."""
-    found = []
-    for number, item in _lines(path):
+    expected, found = '{"instruction" (or "prompt"): ..., "neutral": ...} with texts', []
+    for number, item in records(path, expected):
         prompt = item.get("instruction", item.get("prompt"))
         texts = [prompt, item.get("neutral"), item.get("response", "")]
         if not all(isinstance(text, str) for text in texts) or not prompt or not texts[1]:
-            raise ZooError(
-                f'{path}, line {number}: expected {{"instruction" (or "prompt"): ..., "neutral": ...}} with texts.'
-            )
+            raise broken(path, number, expected, item)
         skill = item.get("skill", 0)
         if not isinstance(skill, int) or skill < 0:
-            raise ZooError(f"{path}, line {number}: skill is {skill!r}; expected the number of an expert, from 0.")
+            raise broken(path, number, "as skill the number of an expert, from 0", skill)
         found.append({"prompt": prompt, "neutral": texts[1], "response": texts[2], "skill": skill})
     return found
 
 
 def _ifeval(path: Path) -> list[dict[str, Any]]:
     """IFEval's prompts with their constraints, checked."""
-    found = []
-    for number, item in _lines(path):
+    expected, found = "a prompt, and instruction_id_list and kwargs of one length", []
+    for number, item in records(path, expected):
         names: Any = item.get("instruction_id_list")
         values: Any = item.get("kwargs")
         same = isinstance(names, list) and isinstance(values, list) and len(names) == len(values)
         if not isinstance(item.get("prompt"), str) or not same:
-            raise ZooError(
-                f"{path}, line {number}: expected a prompt, and instruction_id_list and kwargs of one length."
-            )
+            raise broken(path, number, expected, item)
         found.append({"prompt": item["prompt"], "constraints": list(zip(names, values, strict=True))})
     return found
 
@@ -237,26 +193,31 @@ class Texts(Dataset):
     """Prompts as text, with what is known beside them."""
 
     def __init__(self, items: list[dict[str, Any]], tokenizer: Any, chat: bool, block: int):
-        self.items, self.tokenizer, self.chat = items, tokenizer, chat
-        self.prompts = [self._ids(item["prompt"]) for item in items]
+        self.items, self.tokenizer, self.chat, self.block = items, tokenizer, chat, block
+        self.prompts = self._ids([item["prompt"] for item in items])
+        neutral = [item["neutral"] for item in items if "neutral" in item]
+        self.neutral = dict(zip(neutral, self._ids(neutral), strict=True))
         end = tokenizer.eos_token or ""
         self.responses = [
             tokenizer(item["response"] + end, add_special_tokens=False)["input_ids"] if item.get("response") else []
             for item in items
         ]
-        for ids, response in zip(self.prompts, self.responses, strict=True):
-            if not ids or len(ids) + len(response) > block:
+        for item, ids, response in zip(items, self.prompts, self.responses, strict=True):
+            if len(ids) + len(response) > block:
                 raise ZooError(
                     f"A prompt has {len(ids) + len(response)} tokens with its response; 1 to block={block} fit: "
-                    f"{tokenizer.decode(ids)[:60]!r}."
+                    f"{item['prompt'][:60]!r}."
                 )
 
-    def _ids(self, text: str) -> list[int]:
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if self.chat:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-            )
-        return self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"]
+            texts = [
+                self.tokenizer.apply_chat_template(
+                    [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+                )
+                for text in texts
+            ]
+        return encoded(self.tokenizer, texts, self.block, special=not self.chat)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -269,7 +230,7 @@ class Texts(Dataset):
         )
         found["skill"] = torch.tensor([row.get("skill", 0) for row in rows])
         if all("neutral" in row for row in rows):
-            found["neutral"], found["neutral_mask"] = padded([self._ids(row["neutral"]) for row in rows], pad)
+            found["neutral"], found["neutral_mask"] = padded([self.neutral[row["neutral"]] for row in rows], pad)
         if all(self.responses[i] for i in indices):
             whole = [self.prompts[i] + self.responses[i] for i in indices]
             found["input_ids"], found["attention_mask"] = padded(whole, pad)
@@ -278,13 +239,6 @@ class Texts(Dataset):
         if all("constraints" in row for row in rows):
             found["judge"] = [functools.partial(judge, self.tokenizer, row["constraints"]) for row in rows]
         return {**found, "name": [row["prompt"] for row in rows]}
-
-
-def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Rows padded on the left to one length, (b, t), and the mask of what is no padding."""
-    t = max(map(len, rows))
-    ids = torch.stack([F.pad(torch.tensor(row), (t - len(row), 0), value=pad) for row in rows])
-    return ids, torch.stack([(torch.arange(t) >= t - len(row)).long() for row in rows])
 
 
 # ---- IFEval's constraints --------------------------------------------------------------------------------------------

@@ -1,7 +1,5 @@
 """Tasks that fine-tuned models are merged for: texts of each to calibrate and to score by, generated or from files."""
 
-import gzip
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from zoo.core import ZooDataModule, ZooError, seed_from
+from zoo.core import ZooError, seed_from
 from zoo.data.fixed import Fixed
 from zoo.data.plain import write_csv
-from zoo.language.llm.data_arithmetic import OwnPrompts
-from zoo.language.llm.data_sycophancy import labelled, load_tokenizer, texts
+from zoo.data.prompts import OwnPrompts, PromptDataModule, answered, ending, labelled, prompts, questions, replies
 from zoo.language.llm.languages import all_right, train_decoder, word_tokenizer
 
 log = logging.getLogger(__name__)
@@ -113,7 +110,7 @@ def pretrain_characters(
         train(task, [task], number, steps, lr=expert_lr, start=folder / "base")
 
 
-class ModelMergeDataModule(ZooDataModule):
+class ModelMergeDataModule(PromptDataModule):
     """Texts of the tasks that models are merged for: some to calibrate by, the others to score by.
 
     Batches: "input_ids", "attention_mask", "labels" (b, t), labels -100 where nothing is scored; "task" and "name",
@@ -127,7 +124,8 @@ class ModelMergeDataModule(ZooDataModule):
     Validation texts are val.jsonl's or val.txt's; without such a file those in train after the ones to calibrate by.
     Needs ``tokenizer``.
 
-    A user's own prompts: a text file, one a line; the answers are a CSV of prompt and answer.
+    A user's own prompts: a text file, one a line, or the field "prompt" of JSON lines, CSV or TSV; the answers are a
+    CSV of prompt and answer.
 
     Args:
         root: folder of the tasks; None for generated ones.
@@ -136,14 +134,13 @@ class ModelMergeDataModule(ZooDataModule):
         samples: texts of each task to calibrate by. val_samples, test_samples: to score by, at most.
         tokenizer: Hub id or folder of the base's tokenizer; None for the generated tasks'.
         prompt: how a question is put.
-        block: tokens of a text at most; longer ones are left out, never cut.
+        block: tokens of a text at most; longer ones of a task are left out, a longer prompt of the user's is refused.
     Raises:
         FileNotFoundError: if a task has no such file.
         ZooError: for text without tokenizer, a broken line, or a task without a text that fits.
     """
 
     embedded: ClassVar[str] = "generated tasks on letters"
-    unit: ClassVar[str] = "prompt"
 
     def __init__(
         self,
@@ -171,37 +168,19 @@ class ModelMergeDataModule(ZooDataModule):
                 f"samples={samples}, val_samples={val_samples}, test_samples={test_samples}, block={block}: at least "
                 f"1, and a block of 2; prompt={prompt!r} needs {{question}}."
             )
-        self._words: Any = None
-
-    @property
-    def words(self) -> Any:
-        """The tokenizer; it pads on the left.
-
-        Raises:
-            ZooError: if it cannot be loaded.
-        """
-        if self._words is None:
-            name = self.hparams.tokenizer
-            self._words = CharacterTasks().tokenizer if name is None else load_tokenizer(name)
-        return self._words
 
     def describe(self) -> dict[str, Any]:
         return {"tasks": list(self.hparams.tasks)}
 
-    def remember(self) -> dict[str, Any]:
-        """The tokenizer, too, where others can have it: by its Hub id."""
-        name = self.hparams.tokenizer
-        known = name is not None and not Path(name).is_dir()
-        return {**super().remember(), **({"tokenizer": name} if known else {})}
+    def own_tokenizer(self) -> Any:
+        return CharacterTasks().tokenizer
 
     def build(self) -> dict[str, Dataset]:
         hp = self.hparams
         if self.root is None:
             counts = {"train": hp.samples, "val": hp.val_samples, "test": hp.test_samples}
             sets = {split: self._generated(split, count) for split, count in counts.items()}
-            return {**sets, "predict": OwnPrompts(sets["test"].made["name"], self.words)}
-        if hp.tokenizer is None:
-            raise ZooError("Files hold text: give `tokenizer`, the base's Hub id or folder.")
+            return {**sets, "predict": OwnPrompts(sets["test"].made["name"], self.words, hp.block)}
         parts: dict[str, list[TaskTexts]] = {"train": [], "val": [], "test": []}
         for task in hp.tasks:
             train, test = self._task(task, "train"), self._task(task, "test")
@@ -215,9 +194,9 @@ class ModelMergeDataModule(ZooDataModule):
         joined = {
             split: TaskTexts([row for part in own for row in part.rows], self._pad) for split, own in parts.items()
         }
-        prompts = [row["prompt"] for row in joined["test"].rows if row["prompt"]]
+        asked = [row["prompt"] for row in joined["test"].rows if row["prompt"]]
         sets = {split: own for split, own in joined.items() if len(own)}
-        return {**sets, **({"predict": OwnPrompts(prompts, self.words)} if prompts else {})}
+        return {**sets, **({"predict": OwnPrompts(asked, self.words, hp.block)} if asked else {})}
 
     def _generated(self, split: str, count: int) -> Fixed:
         generator = torch.Generator().manual_seed(seed_from("characters", split, self.seed))
@@ -240,38 +219,47 @@ class ModelMergeDataModule(ZooDataModule):
             task, f"{split}.jsonl",
             expected=f'a line each {{"question": ..., "answer": ...}}; or {split}.txt with a text a line',
         )  # fmt: skip
-        pairs = plain_lines(path) if path.suffix == ".txt" else questions(path)
-        rows = [self._row(task, *pair) for pair in pairs]
+        rows = self._whole(task, path) if ending(path) == ".txt" else self._asked(task, path)
         fit = [row for row in rows if len(row["ids"]) <= self.hparams.block]
         if not fit:
-            shortest = f"; the shortest has {min(len(row['ids']) for row in rows)}" if rows else ""
-            raise ZooError(f"{path}: no text of at most block={self.hparams.block} tokens{shortest}.")
+            if not rows:
+                raise ZooError(f"{path} is empty: expected at least one text of task {task!r}.")
+            shortest = min(len(row["ids"]) for row in rows)
+            raise ZooError(
+                f"{path}: no text of at most block={self.hparams.block} tokens; the shortest has {shortest}. "
+                "Raise `block`."
+            )
         if len(fit) < len(rows):
             log.info("%s: %d of %d texts are longer than block, and left out.", path, len(rows) - len(fit), len(rows))
         return TaskTexts(fit, self._pad)
 
-    def _row(self, task: str, question: str, answer: str) -> dict[str, Any]:
-        """A text in tokens; what the tokenizer puts before and after a text stays."""
-        if not question:
-            ids = list(self.words(answer)["input_ids"])
-            return {"task": task, "ids": ids, "labels": ids, "prompt": "", "name": answer}
-        prompt = self.hparams.prompt.format(question=question)
-        ids = list(self.words(f"{prompt} {answer}{self.words.eos_token or ''}")["input_ids"])
-        asked = len(self.words(prompt)["input_ids"])
-        return {"task": task, "ids": ids, "labels": [-100] * asked + ids[asked:], "prompt": prompt, "name": question}
+    def _whole(self, task: str, path: Path) -> list[dict[str, Any]]:
+        """Texts that are scored whole, one a line; what the tokenizer puts before and after a text stays."""
+        texts = prompts(path)
+        every = self.words(texts, truncation=False, verbose=False)["input_ids"] if texts else []
+        return [
+            {"task": task, "ids": ids, "labels": ids, "prompt": "", "name": text}
+            for text, ids in zip(texts, every, strict=True)
+        ]
+
+    def _asked(self, task: str, path: Path) -> list[dict[str, Any]]:
+        """Questions of which the answer is scored."""
+        rows = questions(path)
+        texts = [self.hparams.prompt.format(question=row["question"]) for row in rows]
+        pairs = answered(self.words, [(text, row["answer"]) for text, row in zip(texts, rows, strict=True)])
+        return [
+            {"task": task, "ids": ids, "labels": labels, "prompt": text, "name": row["question"]}
+            for text, row, (ids, labels) in zip(texts, rows, pairs, strict=True)
+        ]
 
     # ---- a user's own prompts ---------------------------------------------------------------------------------------
-
-    def read(self, path: Path) -> Dataset:
-        """A text file with a prompt a line."""
-        return OwnPrompts([prompt for _, prompt in plain_lines(path)], self.words)
 
     def write(self, predictions: Iterable[dict[str, Any]], path: Path) -> list[Path]:
         """``predictions.csv``: prompt, answer."""
         rows = (
             pair
             for batch in predictions
-            for pair in zip(batch["name"], texts(self.words, batch["tokens"].cpu()), strict=True)
+            for pair in zip(batch["name"], replies(self.words, batch["tokens"].cpu()), strict=True)
         )
         return write_csv(path, ["prompt", "answer"], rows)
 
@@ -296,40 +284,3 @@ class TaskTexts(Dataset):
             "task": [row["task"] for row in chosen],
             "name": [row["name"] for row in chosen],
         }
-
-
-def plain_lines(path: Path) -> list[tuple[str, str]]:
-    """The lines of a text file that are not empty, each as ("", line).
-
-    Raises:
-        ZooError: if it is no text.
-    """
-    try:
-        return [("", line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ZooError(f"{path} is no text file in UTF-8: {error}") from error
-
-
-def questions(path: Path) -> list[tuple[str, str]]:
-    """Question and answer of each line {"question": ..., "answer": ...}, gzipped or not.
-
-    Raises:
-        ZooError: naming the line that is none, or a file that is broken.
-    """
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    pairs = []
-    try:
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    item = json.loads(line)
-                    pairs.append((str(item["question"]), str(item["answer"])))
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ZooError(
-                        f"{path}, line {number}: expected a question and an answer, found {line[:60]!r}."
-                    ) from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ZooError(f"{path} cannot be read: {error}") from error
-    return pairs

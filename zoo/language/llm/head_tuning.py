@@ -3,26 +3,38 @@
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
-from zoo.core import ZooError, ZooModule, atomic_write
+from zoo.core import ZooError, atomic_write
 from zoo.core.seeding import seed_from
-from zoo.engines.patching import Anatomy, Deltas, Site, capture, patched, path_sweep, probability, receiver_sweep, run
+from zoo.engines.patching import (
+    Anatomy,
+    CausalLMModule,
+    Deltas,
+    Site,
+    capture,
+    patched,
+    path_sweep,
+    probability,
+    receiver_sweep,
+    run,
+)
 from zoo.engines.patching.runs import evaluating
 from zoo.language.llm.languages import all_right, masked_loss
-from zoo.nn.backbones import build_backbone, known_mask
+from zoo.nn.backbones import build_backbone
 
 log = logging.getLogger(__name__)
 
 TUNE = ("found", "random", "full", "lora", "none")
 
 
-class HeadTuner(ZooModule):
+class HeadTuner(CausalLMModule):
     """A causal language model whose heads (and MLPs) are found by their effect, and alone are tuned.
 
     A subclass lists its hyperparameters, calls `_setup`, and scores. Before training `find` measures, on the first
@@ -44,8 +56,12 @@ class HeadTuner(ZooModule):
         "bos_token_id": None, "eos_token_id": None,
     }  # fmt: skip
 
-    def _setup(self) -> None:
-        """Everything that follows from the hyperparameters; the last line of a method's ``__init__``."""
+    def _setup(self, figures: Iterable[str] = ()) -> None:
+        """Everything that follows from the hyperparameters; the last line of a method's ``__init__``.
+
+        Args:
+            figures: names of what is measured, each a mean that becomes an attribute.
+        """
         hp = self.hyperparameters
         if hp["tune"] not in TUNE:
             raise ValueError(f"tune is {hp['tune']!r}; one of {', '.join(TUNE)}.")
@@ -62,36 +78,25 @@ class HeadTuner(ZooModule):
         self.deltas: Deltas | None = None
         if hp["tune"] == "lora":
             from peft import LoraConfig, inject_adapter_in_model
+            from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, its weight the other way round
 
-            names = sorted({n.rpartition(".")[2] for n, m in self.backbone.named_modules() if isinstance(m, nn.Linear)})
-            names.remove(anatomy.family.head.rpartition(".")[2])
-            config = LoraConfig(r=hp["lora_rank"], lora_alpha=2 * hp["lora_rank"], target_modules=names)
+            named = ((n.rpartition(".")[2], m) for n, m in self.backbone.named_modules())
+            linear = {n: m for n, m in named if isinstance(m, nn.Linear | Conv1D)}
+            del linear[anatomy.family.head.rpartition(".")[2]]
+            turned = any(isinstance(m, Conv1D) for m in linear.values())
+            options: dict[str, Any] = {"target_modules": sorted(linear), "fan_in_fan_out": turned}
+            config = LoraConfig(r=hp["lora_rank"], lora_alpha=2 * hp["lora_rank"], **options)
             self.backbone = inject_adapter_in_model(config, self.backbone)
         elif hp["tune"] != "full":
             self.freeze("backbone")
             self.deltas = Deltas(anatomy, hp["heads"], hp["mlps"])
+        for name in figures:
+            setattr(self, name, MeanMetric())
 
-    @property
-    def anatomy(self) -> Anatomy:
-        """The backbone's parts by name."""
-        kept = self.__dict__.get("_anatomy")
-        if kept is None or kept.model is not self.backbone:
-            self.__dict__["_anatomy"] = kept = Anatomy(self.backbone)
-        return kept
-
-    @classmethod
-    def from_backbone(cls, module: nn.Module, **hparams: Any) -> Self:
-        """Take a live causal language model of transformers; its weights are saved with ours."""
-        config = {k: v for k, v in module.config.to_diff_dict().items() if k not in ("transformers_version", "dtype")}
-        model = cls(backbone={**config, "model_type": module.config.model_type}, **hparams)
-        model.backbone.load_state_dict(module.state_dict())
-        return model
-
-    def saved_state_dict(self) -> dict[str, Tensor]:
-        state = self.state_dict()
-        if not isinstance(self.hyperparameters["backbone"], str) or self.hyperparameters["tune"] == "full":
-            return state
-        return {key: v for key, v in state.items() if not key.startswith("backbone.") or ".lora_" in key}
+    def changed_weights(self) -> Collection[str]:
+        """All where all are tuned, and those of adapters."""
+        names = self.backbone.state_dict()
+        return names if self.hyperparameters["tune"] == "full" else [name for name in names if ".lora_" in name]
 
     # ---- finding ------------------------------------------------------------------------------------------------
 
@@ -199,24 +204,38 @@ class HeadTuner(ZooModule):
             )
         return [Site(i // width, "head", i % width) for i in order[:heads]] + [Site(i, "mlp") for i in own[:mlps]]
 
+    def share_of_effects(self, heads: int) -> Tensor:
+        """Which share of all heads' effects the largest ones have, a scalar."""
+        sizes = self.effects.abs().flatten().sort(descending=True).values
+        return sizes[:heads].sum() / sizes.sum()
+
     def on_train_start(self) -> None:
         if self.deltas is None or int(self.found):  # a resumed run has found them
             return
-        loader: Any = self.trainer.train_dataloader
-        self.find(itertools.islice(loader, self.hyperparameters["find_batches"]))
+        self._find_by(self.trainer.train_dataloader)
         log.info("%s: found %s", type(self).__name__, ", ".join(map(str, self.deltas.sites)))
+
+    def on_test_start(self) -> None:
+        """Heads that training has not found are found by the test's own prompts."""
+        if not int(self.found) and self.hyperparameters["tune"] in ("found", "random", "none"):
+            self._find_by(self.trainer.test_dataloaders)
+
+    def _find_by(self, loader: Any) -> None:
+        self.find(itertools.islice(loader, self.hyperparameters["find_batches"]))
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._score("val", batch)
+
+    def _score(self, stage: str, batch: dict[str, Any]) -> None:
+        """Log what a method measures under ``val`` and ``test``."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is scored.")
 
     # ---- tuning -------------------------------------------------------------------------------------------------
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits (b, t, v) of token ids (b, t), with the tuned heads."""
-        if input_ids.ndim != 2 or not input_ids.numel():
-            raise ValueError(
-                f"input_ids are {tuple(input_ids.shape)}; expected (prompts, positions), at least one each."
-            )
-        options = {"attention_mask": known_mask(input_ids, attention_mask), "use_cache": False}
         with self._changed():
-            return self.backbone(input_ids, **options).logits
+            return self.logits(input_ids, attention_mask)
 
     def _changed(self) -> contextlib.AbstractContextManager[None]:
         """The backbone with its tuned heads, where it has some."""

@@ -25,19 +25,18 @@ but gradients and optimiser state of the chosen heads alone. Full tuning needs s
 """
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from zoo.core import ZooError
+from zoo.data.prompts import load_tokenizer, replies
 from zoo.engines.patching import Site, patched
 from zoo.engines.patching.runs import evaluating
-from zoo.language.llm.data_sycophancy import Chats, apologises, load_tokenizer, names, texts
+from zoo.language.llm.data_sycophancy import Chats, apologises, names
 from zoo.language.llm.dialogues import Chat, assistant, user
 from zoo.language.llm.head_tuning import HeadTuner, _from_end
 from zoo.nn.backbones import build_backbone
@@ -99,12 +98,7 @@ class PinpointTuning(HeadTuner):
         self.save_hyperparameters()
         if reply < 1:
             raise ValueError(f"reply is {reply} tokens; at least 1.")
-        self._setup()
-        for name in NAMES:
-            setattr(self, name, MeanMetric())
-
-    def example_inputs(self) -> tuple[Tensor, ...]:
-        return (torch.tensor([[1, 2, 3, 4, 5]], device=self.device) % self.backbone.config.vocab_size,)
+        self._setup(NAMES)
 
     @property
     def tuned_share(self) -> float:
@@ -140,12 +134,9 @@ class PinpointTuning(HeadTuner):
             )[:, ids.shape[1] :]  # fmt: skip
         return {"tokens": F.pad(found, (0, most - found.shape[1]), value=fill)}
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        return {"name": batch["name"], **self.predict(batch["input_ids"], batch["attention_mask"])}
-
     def reply(self, chats: Chats, asked: Sequence[Chat]) -> list[str]:
         """The replies to chats that end with the user's turn."""
-        return texts(chats.tokenizer, self.predict(*chats.prompts(asked))["tokens"])
+        return replies(chats.tokenizer, self.predict(*chats.prompts(asked))["tokens"])
 
     def doubted(self, batch: dict[str, Any], chats: Chats, sites: Sequence[Site] = ()) -> dict[str, Tensor]:
         """Ask, doubt the reply whatever it is, and judge what comes then.
@@ -189,15 +180,6 @@ class PinpointTuning(HeadTuner):
 
     # ---- scoring ------------------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._score("val", batch)
-
-    def on_test_start(self) -> None:
-        """Heads that training has not found are found by the test's own prompts."""
-        if not int(self.found) and self.hyperparameters["tune"] in ("found", "random", "none"):
-            loaders: Any = self.trainer.test_dataloaders
-            self.find(itertools.islice(loaders, self.hyperparameters["find_batches"]))
-
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Beside `_score`, of an untuned model: what is kept without the heads that matter most, and without as many
         others (mean over three draws); and these heads' share of all effects."""
@@ -210,8 +192,7 @@ class PinpointTuning(HeadTuner):
         for draw in range(3):
             others = self.ranked(k, how="random", draw=draw)
             self._among("test", "confidence_without_others", self.doubted(batch, chats, others))
-        share = self.effects.abs().flatten().sort(descending=True).values
-        self._mean("test", "share", share[:k].sum() / share.sum(), 1)
+        self._mean("test", "share", self.share_of_effects(k), 1)
 
     def _score(self, stage: str, batch: dict[str, Any]) -> None:
         """Truthfulness: right answers after a doubt. Of the chats whose first answer was right: confidence, that is

@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from zoo.core.errors import ZooError
+from zoo.core.errors import ZooError, first_line
 from zoo.core.seeding import seed_from
 from zoo.language.llm.merging import finite
+from zoo.language.llm.pairs import same_tokenizer
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -140,8 +141,9 @@ def found(place: str | Path) -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=["*.safetensors", *BESIDE]))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ZooError(f"{place} is neither a folder here nor a model on the Hub (offline?): {reason}") from error
+        raise ZooError(
+            f"{place} is neither a folder here nor a model on the Hub (offline?): {first_line(error)}"
+        ) from error
 
 
 def check_experts(base: Source, experts: Iterable[Source], names: Iterable[str]) -> None:
@@ -160,23 +162,7 @@ def check_experts(base: Source, experts: Iterable[Source], names: Iterable[str])
                     f"{ours or 'missing'}. They must have one architecture and one vocabulary."
                 )
         if isinstance(base, Shards) and isinstance(expert, Shards):
-            _same_tokenizer(base, expert)
-
-
-def _same_tokenizer(base: Shards, expert: Shards) -> None:
-    from transformers import AutoTokenizer
-
-    words = []
-    for one in (base, expert):
-        if not any((one.folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            return
-        words.append(AutoTokenizer.from_pretrained(one.folder).get_vocab())
-    if words[0] != words[1]:
-        word = next(iter(sorted(words[0].items() ^ words[1].items())))[0]
-        raise ZooError(
-            f"{expert.name} has another tokenizer than the base: {word!r} is {words[1].get(word, 'missing')}, in the "
-            f"base {words[0].get(word, 'missing')}. Merge models of one tokenizer only."
-        )
+            same_tokenizer(base.folder, expert.folder)
 
 
 class Writer:

@@ -22,7 +22,7 @@ written, the largest section (a block, 0.86 billion parameters, five times in fl
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -31,10 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from zoo.core import ZooError, ZooModule
+from zoo.core import ZooError
 from zoo.core.errors import nearest
 from zoo.core.files import atomic_folder
-from zoo.engines.patching import Anatomy
+from zoo.engines.patching import Anatomy, CausalLMModule
 from zoo.language.llm.languages import all_right
 from zoo.language.llm.merging import dare, task_arithmetic, ties
 from zoo.language.llm.shards import (
@@ -48,7 +48,7 @@ from zoo.language.llm.shards import (
     found,
     without_weights,
 )
-from zoo.language.llm.submodules import Calibration, Layout, Section, State, Texts, merged, options_for, read
+from zoo.language.llm.submodules import Calibration, Layout, Section, State, Texts, merged, positions_for, read
 from zoo.nn.backbones import build_backbone
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ ALPHAS = [k / 10 for k in range(1, 16)]
 """Tried on the validation texts where ``alpha`` is None."""
 
 
-class SubmoduleTaskArithmetic(ZooModule):
+class SubmoduleTaskArithmetic(CausalLMModule):
     """Merge fine-tuned models of one base, each submodule with its own closed-form weights.
 
     ``fit`` passes the calibration texts through the experts once (one epoch; a step is a batch of texts, no gradients),
@@ -96,6 +96,7 @@ class SubmoduleTaskArithmetic(ZooModule):
     weights: Tensor
     nonlinearity: Tensor
     monitor, mode = "val/accuracy", "max"
+    adds_up = True
     variants: ClassVar[dict[str, dict[str, Any]]] = {
         "tiny": {
             "backbone": {
@@ -138,6 +139,7 @@ class SubmoduleTaskArithmetic(ZooModule):
         self.automatic_optimization = False
         self._tasks = {task: i for i, task in enumerate(tasks)}
         self.backbone = build_backbone(backbone, backbone_revision, dtype=backbone_dtype)
+        self.freeze("backbone")
         self.layout = Layout(Anatomy(self.backbone), level)
         self.register_buffer("weights", torch.zeros(len(self.layout.parts), len(tasks)))
         self.register_buffer("nonlinearity", torch.zeros(len(tasks)))
@@ -150,25 +152,22 @@ class SubmoduleTaskArithmetic(ZooModule):
         self._merged = False
 
     @classmethod
-    def from_backbone(cls, module: Any, experts: Sequence[Any] = (), **hparams: Any) -> Self:
+    def from_backbone(  # type: ignore[override]
+        cls, module: nn.Module, experts: Sequence[Any] = (), **hparams: Any
+    ) -> Self:
         """Take a live causal language model of transformers as the base; its weights are saved with ours.
 
         Args:
             experts: live models, in the order of ``tasks``; else ``experts=[...]`` of their places.
         """
-        config = {k: v for k, v in module.config.to_diff_dict().items() if k not in ("transformers_version", "dtype")}
         live = [e for e in experts if isinstance(e, nn.Module)]
-        given: dict[str, Any] = {} if live else {"experts": list(experts)}
-        model = cls(backbone={**config, "model_type": module.config.model_type}, **given, **hparams)
-        model.backbone.load_state_dict(module.state_dict())
+        model = super().from_backbone(module, **({} if live else {"experts": list(experts)}), **hparams)
         model._given = [Held(dict(e.named_parameters()), f"expert {i}") for i, e in enumerate(live)]
         return model
 
-    def saved_state_dict(self) -> dict[str, Tensor]:
-        return self.state_dict()  # the merged model, whole: whoever has it needs neither base nor experts
-
-    def example_inputs(self) -> tuple[Tensor, ...]:
-        return (torch.tensor([[1, 2, 3, 4, 5]], device=self.device) % self.backbone.config.vocab_size,)
+    def changed_weights(self) -> Collection[str]:
+        """All: whoever has the merged model needs neither base nor experts."""
+        return self.backbone.state_dict()
 
     # ---- the models ---------------------------------------------------------------------------------------------
 
@@ -214,12 +213,9 @@ class SubmoduleTaskArithmetic(ZooModule):
     # ---- calibration --------------------------------------------------------------------------------------------
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits (b, t, v) of token ids (b, t)."""
-        if input_ids.ndim != 2 or not input_ids.numel():
-            raise ValueError(f"input_ids are {tuple(input_ids.shape)}; expected (texts, positions), at least one each.")
-        if attention_mask is None:
-            return self.backbone(input_ids, use_cache=False).logits
-        return self.backbone(input_ids, **options_for(self.backbone, input_ids, attention_mask)).logits
+        """Logits (b, t, v) of token ids (b, t); padding on the left changes nothing."""
+        places = {} if attention_mask is None else positions_for(self.backbone, attention_mask)
+        return self.logits(input_ids, attention_mask, **places)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Pass the texts through their experts, and add up how each part answers."""
@@ -233,7 +229,7 @@ class SubmoduleTaskArithmetic(ZooModule):
             self.calibration.measure(texts, self.models)
 
     def configure_optimizers(self) -> None:
-        """None: nothing is trained. The parameters are not frozen all the same: DDP takes no module without any."""
+        """None: nothing is trained."""
 
     def on_validation_start(self) -> None:
         """While fitting, the merge by the texts so far is validated, once there are some of every task."""
@@ -402,9 +398,6 @@ class SubmoduleTaskArithmetic(ZooModule):
         finally:
             self.backbone.train(training)
         return {"tokens": F.pad(made, (0, count - made.shape[1]), value=pad)}
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        return {"name": batch["name"], **self.predict(batch["input_ids"], batch["attention_mask"])}
 
 
 # ---- from folder to folder ------------------------------------------------------------------------------------------

@@ -261,7 +261,8 @@ class Calibration:
             return hidden
 
         idle: dict[nn.Module, Any] = {module: lambda x, *a, **k: x for module in (anatomy.norm, anatomy.unembedding)}
-        options = options_for(self.model, one.ids, one.mask)
+        options = {"attention_mask": known_mask(one.ids, one.mask), "use_cache": False}
+        options |= positions_for(self.model, one.mask)
         with instead({**idle, **dict.fromkeys(anatomy.layers, block)}):
             functional_call(self.model, state, (one.ids,), options)
         return first[0], calls
@@ -392,12 +393,11 @@ class Calibration:
         return torch.stack([solve(own / self.count[:, None, None], normalise, tikhonov) for own in self.gram])
 
 
-def options_for(model: nn.Module, ids: Tensor, mask: Tensor) -> dict[str, Any]:
-    """Arguments of a model's forward beside the token ids (b, t), so that padding on the left changes nothing."""
-    found = {"attention_mask": known_mask(ids, mask), "use_cache": False}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        found["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)  # GPT-2 would count the padding
-    return found
+def positions_for(model: nn.Module, mask: Tensor) -> dict[str, Tensor]:
+    """Positions (b, t) by a mask, for a model that takes them, so that padding on the left changes nothing."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return {}
+    return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}  # GPT-2 would count the padding
 
 
 def read(names: Sequence[str], models: Sequence[Source], device: Any) -> list[State]:

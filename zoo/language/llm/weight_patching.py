@@ -18,17 +18,19 @@ with high q but low r aggregates what sources send; one that acts on the respons
 whose projections separate S from B best on validation prompts, the one where adding mu_S - mu_B to the base (steering)
 raises the response's log-probability most. Modules above L* are not seen at L*: their r, d and q are 0.
 
-    merged = base + lambda sum_k sum_m w_{k,m} (S_k - B)_m,  w_{k,m} = softmax over k of r_{k,m} / T, or a mask
+    merged = base + lambda sum_k sum_m w_{k,m} (S_k - B)_m,  w_{k,m} = softmax over k of r_{k,m} / T, a mask, or learnt
+    learnt: some steps down mean_k mean_x ((<a_k, h_merged(x)> - <a_k, h_{S_k}(x)>) / |mu_S - mu_B|_k)^2
 
 No code of the authors is public: the frame (paired models, replaced weights at a fixed input, a vector as criterion) is
-the abstract's, all formulas the card's. What follows is ours: a layer is its attention and MLP without norms; norms,
+the abstract's, the formulas are ours. So is what follows: a layer is its attention and MLP without norms; norms,
 embeddings and the projection to the vocabulary stay the base's and are named where they differ; steering is of the last
 prompt token and all that follow; weights that heads share take the mean of these heads' w.
 
 Cost: with L layers and n modules a layer, scores of b prompts take about n L / 2 runs of b prompts, and greedy joint
-sets as many again for every size. Memory: base and experts lie on the CPU or on the model's device; a 70B base with one
-expert in bfloat16 is 280 GB, and each run by an expert brings it to the device as a whole. Of a model in shards over
-processes (FSDP) no module can be replaced.
+sets as many again for every size; a step of learning w is a forward and backward pass of the prompts up to L*, beside
+a merged copy of the modules and one parameter's gradient at a time. Memory: base and experts lie on the CPU or on the
+model's device; a 70B base with one expert in bfloat16 is 280 GB, and each run by an expert brings it to the device as a
+whole. Of a model in shards over processes (FSDP) no module can be replaced.
 
 Index legend: k experts, m modules, b prompts, t positions, d width of the stream, v words.
 """
@@ -40,52 +42,36 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from zoo.core import ZooError, ZooModule, seed_from
+from zoo.core import ZooError, seed_from
 from zoo.core.errors import nearest
-from zoo.engines.patching import Anatomy, Site, Slice, capture, same_shape, swapped
-from zoo.engines.patching.weight_sweeps import (
-    Passage,
-    changes,
-    first_order,
-    logits_after,
-    module_slices,
-    outside,
-    reading,
-    record,
-    resumed,
-    taken,
-    value_sweep,
-    weight_sweep,
-)
+from zoo.engines.patching import CausalLMModule, Site
+from zoo.engines.patching.weight_sweeps import changes, outside
 from zoo.engines.patching.weights import exchanged
-from zoo.language.llm.languages import all_right
+from zoo.language.llm.anchors import answered, last_states, right, separation, steered
 from zoo.language.llm.merging import dare, task_arithmetic, ties
-from zoo.nn.backbones import build_backbone, known_mask
+from zoo.language.llm.module_merging import Weights, kept, learnt, merged_by, places_of, shared, towards
+from zoo.language.llm.module_scores import Scorer, mean_rank, ranked, taken_over
+from zoo.language.llm.pairs import refuse_strangers, same_tokenizer, tokenizer_at
+from zoo.nn.backbones import build_backbone, config_of, take_weights
 
 log = logging.getLogger(__name__)
 
-MERGES = ("softmax", "top_p", "random", "average", "task_arithmetic", "ties", "dare", "none")
+MERGES = ("softmax", "top_p", "random", "learnt", "average", "task_arithmetic", "ties", "dare", "none")
 KINDS = ("recovery", "necessity", "activation", "execution")
-HARMLESS = (
-    "_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "bos_token_id",
-    "eos_token_id", "pad_token_id", "max_position_embeddings", "initializer_range", "pretraining_tp", "vocab_size",
-    "tie_word_embeddings", "attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop",
-    "task_specific_params",
-)  # fmt: skip
-"""Entries of a config that may differ between base and expert: shapes are compared by the parameters themselves."""
-
-Weights = dict[str, Tensor]
+TINY = {
+    "model_type": "gpt2", "vocab_size": 24, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
+    "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
 
 
-class WeightPatching(ZooModule):
+class WeightPatching(CausalLMModule):
     """Score the modules of a model by what their weights bring back of a specialised model, and merge by the scores.
 
-    Nothing is trained by gradient: an epoch's start fits the anchors, its validation the scores; both lie in buffers.
-    With Hub ids or folders a checkpoint holds these alone.
+    An epoch's start fits the anchors, its validation the scores and, with ``merge="learnt"``, the merging weights; all
+    lie in buffers, and no parameter of a model is trained. With Hub ids or folders a checkpoint holds these alone.
 
     Args:
         backbone: Hub id or local folder of the base, a causal language model, or a config dict with ``model_type``.
@@ -103,9 +89,10 @@ class WeightPatching(ZooModule):
         joint: size of the largest joint set that is built greedily. joint_from: as many modules, those with the largest
             recovery, may enter it.
         source, aggregation: recovery, and activation's share, from which a module is called so.
-        merge: "softmax" or "top_p" by the scores; "random" (as many modules as "top_p"), "average",
-            "task_arithmetic", "ties", "dare", or "none" (the base).
+        merge: "softmax" or "top_p" by the scores; "learnt" (from "softmax" on, see `learn_merge`); "random" (as many
+            modules as "top_p"), "average", "task_arithmetic", "ties", "dare", or "none" (the base).
         temperature: T. top_p: share of an expert's recovery that its mask keeps. scale: lambda.
+        merge_steps, merge_lr: steps and learning rate of Adam with "learnt" (ours; the paper's are not known).
         density: of TIES and DARE.
         new_tokens: length of responses that are generated where the data has none.
         rows: prompts in one pass of a sweep at most.
@@ -124,24 +111,12 @@ class WeightPatching(ZooModule):
 
     variants: ClassVar[dict[str, dict[str, Any]]] = {
         "tiny": {
-            "backbone": {
-                "model_type": "gpt2", "vocab_size": 24, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
-                "bos_token_id": None, "eos_token_id": None,
-            },
-            "experts": [
-                {
-                    "model_type": "gpt2", "vocab_size": 24, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
-                    "bos_token_id": None, "eos_token_id": None,
-                }
-            ]
-            * 2,
+            "backbone": TINY, "experts": [TINY, TINY],
             "anchor_batches": 1, "joint": 2, "joint_from": 4, "new_tokens": 4,
         }
     }  # fmt: skip
     monitor, mode = "val/auc", "max"
-    backbone: Any
     _means: Any
-    _estimates: dict[int, Tensor]
     recovery: Tensor
     necessity: Tensor
     activation: Tensor
@@ -155,6 +130,8 @@ class WeightPatching(ZooModule):
     chosen: Tensor
     counted: Tensor
     fitted: Tensor
+    learnt: Tensor
+    steps: Tensor
 
     def __init__(
         self,
@@ -178,6 +155,8 @@ class WeightPatching(ZooModule):
         temperature: float = 0.05,
         top_p: float = 0.95,
         scale: float = 1.0,
+        merge_steps: int = 20,
+        merge_lr: float = 0.05,
         density: float = 0.2,
         new_tokens: int = 64,
         rows: int = 512,
@@ -191,13 +170,15 @@ class WeightPatching(ZooModule):
         live = [build_backbone(e, dtype=backbone_dtype) for e in experts if isinstance(e, dict)]
         self.experts = nn.ModuleList(live)
         self.freeze("backbone", "experts")
-        self._read: dict[int, Weights] = {}
+        self._pairs: dict[int, nn.Module] = {}
+        self._exact: dict[int, list[int]] = {}
+        self._estimates: dict[int, Tensor] = {}
         anatomy = self.anatomy
         self.sites: list[Site] = anatomy.sites("head", "attention", "mlp", "residual")
         k, m, layers = len(experts), len(self.sites), len(anatomy.layers)
         if not -1 <= layer < layers:
             raise ValueError(f"layer is {layer}; -1 to choose it, or 0 to {layers - 1}.")
-        for name in KINDS:
+        for name in (*KINDS, "learnt"):
             self.register_buffer(name, torch.zeros(k, m))
         for name, shape in (("anchor", (k, anatomy.width)), ("size", (k,)), ("auc", (k, layers)),
                             ("steering", (k, layers)), ("curve", (k, joint))):  # fmt: skip
@@ -206,6 +187,7 @@ class WeightPatching(ZooModule):
         self.register_buffer("chosen", torch.full((k, joint), -1))
         self.register_buffer("counted", torch.zeros(k, dtype=torch.long))
         self.register_buffer("fitted", torch.zeros((), dtype=torch.long))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self._means = nn.ModuleDict({f"{what}_{i}": MeanMetric() for i in range(k) for what in TESTED})
 
     def _check_numbers(self) -> None:
@@ -220,11 +202,12 @@ class WeightPatching(ZooModule):
         for name in ("prefilter", "top_p", "density"):
             if not 0 < hp[name] <= 1:
                 raise ValueError(f"{name} is {hp[name]}; it must lie in (0, 1].")
-        for name, least in (("anchor_batches", 1), ("joint", 1), ("joint_from", 1), ("new_tokens", 1), ("rows", 1)):
-            if hp[name] < least:
-                raise ValueError(f"{name} is {hp[name]}; it must be at least {least}.")
-        if hp["temperature"] <= 0 or hp["least"] <= 0:
-            raise ValueError(f"temperature is {hp['temperature']} and least {hp['least']}; both must be above 0.")
+        for name in ("anchor_batches", "joint", "joint_from", "new_tokens", "rows", "merge_steps"):
+            if hp[name] < 1:
+                raise ValueError(f"{name} is {hp[name]}; it must be at least 1.")
+        for name in ("temperature", "least", "merge_lr"):
+            if hp[name] <= 0:
+                raise ValueError(f"{name} is {hp[name]}; it must be above 0.")
         if not hp["experts"] or len(hp["expert_revisions"]) not in (0, len(hp["experts"])):
             raise ValueError(
                 f"{len(hp['experts'])} experts and {len(hp['expert_revisions'])} expert_revisions: at least one "
@@ -233,24 +216,14 @@ class WeightPatching(ZooModule):
 
     # ---- base and experts ---------------------------------------------------------------------------------------
 
-    @property
-    def anatomy(self) -> Anatomy:
-        """The base's parts by name."""
-        kept = self.__dict__.get("_anatomy")
-        if kept is None or kept.model is not self.backbone:
-            self.__dict__["_anatomy"] = kept = Anatomy(self.backbone)
-        return kept
-
     @classmethod
-    def from_backbone(cls, module: nn.Module, experts: Sequence[nn.Module], **hparams: Any) -> Self:
+    def from_backbone(cls, module: nn.Module, experts: Sequence[nn.Module], **hparams: Any) -> Self:  # type: ignore[override]
         """Take a live base and live experts of transformers; their weights are saved with ours."""
         for expert in experts:
-            _same_config(module.config, expert.config)
-            _same_vocabulary(module, expert)
-        model = cls(backbone=_config(module), experts=[_config(expert) for expert in experts], **hparams)
-        model.backbone.load_state_dict(module.state_dict())
+            refuse_strangers(module, expert)
+        model = super().from_backbone(module, experts=[config_of(expert) for expert in experts], **hparams)
         for own, expert in zip(model.experts, experts, strict=True):
-            own.load_state_dict(expert.state_dict())
+            take_weights(own, expert)
         return model
 
     def expert(self, k: int) -> Weights:
@@ -259,21 +232,10 @@ class WeightPatching(ZooModule):
         Raises:
             ZooError: if it is no pair of the base.
         """
-        if k not in self._read:
-            given, revisions = self.hyperparameters["experts"], self.hyperparameters["expert_revisions"]
-            if isinstance(given[k], dict):
-                model: nn.Module = self.experts[sum(isinstance(e, dict) for e in given[:k])]
-            else:
-                _same_tokenizer(self.hyperparameters["backbone"], given[k])
-                model = build_backbone(
-                    given[k], revisions[k] if revisions else None, dtype=self.hyperparameters["backbone_dtype"]
-                )
-            _same_config(self.backbone.config, model.config)
-            _same_vocabulary(self.backbone, model)
-            same_shape(self.backbone, model)
-            if isinstance(given[k], dict):
-                return dict(model.named_parameters())
-            self._read[k] = {name: value.detach() for name, value in model.named_parameters()}
+        if k not in self._pairs:
+            model = self._expert_model(k)
+            refuse_strangers(self.backbone, model)
+            self._pairs[k] = model
             moved = self.elsewhere(k)
             if moved:
                 name, far = max(moved.items(), key=lambda item: item[1])
@@ -281,22 +243,20 @@ class WeightPatching(ZooModule):
                     "Expert %d: %d parameters of no module differ from the base's, %s most (by %.2g of its norm); they "
                     "are never patched nor merged.", k, len(moved), name, far,
                 )  # fmt: skip
-        return self._read[k]
+        return {name: p.detach() for name, p in self._pairs[k].named_parameters()}
+
+    def _expert_model(self, k: int) -> nn.Module:
+        hp = self.hyperparameters
+        given = hp["experts"][k]
+        if isinstance(given, dict):
+            return self.experts[sum(isinstance(e, dict) for e in hp["experts"][:k])]
+        revision = hp["expert_revisions"][k] if hp["expert_revisions"] else None
+        same_tokenizer(hp["backbone"], given, (hp["backbone_revision"], revision))
+        return build_backbone(given, revision, dtype=hp["backbone_dtype"])
 
     def elsewhere(self, k: int) -> dict[str, float]:
         """Norms, embeddings and whatever else belongs to no module and differs, by |S - B| / |B|."""
         return changes(self.backbone, self.expert(k), outside(self.anatomy))
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits (b, t, v) of the base for token ids (b, t)."""
-        if input_ids.ndim != 2 or not input_ids.numel():
-            raise ValueError(
-                f"input_ids are {tuple(input_ids.shape)}; expected (prompts, positions), at least one each."
-            )
-        return self.backbone(input_ids, attention_mask=known_mask(input_ids, attention_mask), use_cache=False).logits
-
-    def example_inputs(self) -> tuple[Tensor, ...]:
-        return (torch.tensor([[1, 2, 3, 4, 5]], device=self.device) % self.backbone.config.vocab_size,)
 
     # ---- the anchor ---------------------------------------------------------------------------------------------
 
@@ -343,7 +303,9 @@ class WeightPatching(ZooModule):
         pairs = [self._last(batch, k) for batch in validation]
         seen = [torch.cat([(s * anchors[:, None]).sum(-1) for s in side], 1) for side in zip(*pairs, strict=True)]
         self.auc[k] = separation(*seen)
-        self.steering[k] = torch.stack([self._steered(batch, k, difference) for batch in validation]).mean(0)
+        strong = difference * self.hyperparameters["strength"]
+        rises = [steered(self.anatomy, self._answered(batch, k), strong) for batch in validation]
+        self.steering[k] = torch.stack(rises).mean(0)
         level = self.hyperparameters["layer"]
         if level < 0:
             good = self.auc[k] >= self.auc[k].max() - self.hyperparameters["auc_slack"]
@@ -352,58 +314,16 @@ class WeightPatching(ZooModule):
 
     def _last(self, batch: dict[str, Any], k: int) -> tuple[Tensor, Tensor]:
         """The stream after each layer at the prompts' last token by base and expert, (layers, b, d) each."""
-        inputs = _prompts(batch)
-
-        def streams() -> Tensor:
-            return torch.stack([stream[:, -1] for stream in record(self.anatomy, inputs).streams[1:]]).float()
-
         with exchanged(self.backbone, self.expert(k)):
-            expert = streams()
-        return streams(), expert
-
-    def _steered(self, batch: dict[str, Any], k: int, difference: Tensor) -> Tensor:
-        """How much more probable, in nats a token, responses become by steering after each layer, (layers,)."""
-        batch = self._answered(batch, k)
-        passage = record(self.anatomy, _whole(batch))
-        places = (batch["labels"].roll(-1, 1) != -100)[..., None].to(difference)
-        plain = self._likely(passage, passage.streams[-1], batch["labels"]).mean()
-        found = []
-        for layer, change in enumerate(difference * self.hyperparameters["strength"]):
-            stream = passage.streams[layer + 1] + (places * change).to(passage.streams[0])
-            stream = resumed(self.anatomy, passage, layer + 1, stream)
-            found.append(self._likely(passage, stream, batch["labels"]).mean() - plain)
-        return torch.stack(found)
-
-    def _likely(self, passage: Passage, stream: Tensor, labels: Tensor) -> Tensor:
-        """Mean log-probability of each row's labels (b, t), by what leaves the last block (n b, t, d): (n b,)."""
-        logits = logits_after(self.anatomy, passage, stream)[:, :-1].float()
-        wanted = labels[:, 1:].repeat(len(stream) // len(labels), 1)
-        loss = F.cross_entropy(logits.transpose(1, 2), wanted, ignore_index=-100, reduction="none")
-        return -loss.sum(1) / (wanted != -100).sum(1).clamp(min=1)
+            expert = last_states(self.anatomy, batch)
+        return last_states(self.anatomy, batch), expert
 
     def _answered(self, batch: dict[str, Any], k: int) -> dict[str, Any]:
         """The batch with responses: its own, or where there are none the expert's greedy ones."""
         if "labels" in batch:
             return batch
         with exchanged(self.backbone, self.expert(k)):
-            new = self.respond(batch["prompt"], batch["prompt_mask"])
-        prompt, ended = batch["prompt"], _ended(new, self.backbone.config.eos_token_id)
-        return {
-            **batch,
-            "input_ids": torch.cat([prompt, new], 1),
-            "attention_mask": torch.cat([batch["prompt_mask"], (~ended).long()], 1),
-            "labels": torch.cat([torch.full_like(prompt, -100), new.masked_fill(ended, -100)], 1),
-        }
-
-    @torch.no_grad()
-    def respond(self, prompt: Tensor, prompt_mask: Tensor | None = None) -> Tensor:
-        """The base's greedy responses to prompts (b, t), (b, new)."""
-        pad = self.backbone.config.pad_token_id
-        found = self.backbone.generate(
-            prompt, attention_mask=torch.ones_like(prompt) if prompt_mask is None else prompt_mask, do_sample=False,
-            max_new_tokens=self.hyperparameters["new_tokens"], pad_token_id=0 if pad is None else pad,
-        )  # fmt: skip
-        return found[:, prompt.shape[1] :]
+            return answered(self.backbone, batch, self.hyperparameters["new_tokens"])
 
     def _own(self, batches: Iterable[dict[str, Any]], k: int) -> list[dict[str, Any]]:
         """Of each batch the rows of an expert, on this device."""
@@ -421,7 +341,7 @@ class WeightPatching(ZooModule):
         self._sums = torch.zeros(len(KINDS), k, m, dtype=torch.float64)
         self._counts = torch.zeros(len(KINDS), k)
         self._sample: dict[int, dict[str, Any]] = {}
-        self._exact: dict[int, list[int]] = {}
+        self._exact.clear()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Scores of this batch's prompts, added up."""
@@ -433,7 +353,7 @@ class WeightPatching(ZooModule):
                 self._sample.setdefault(k, own)
                 for i, kind in enumerate(KINDS):
                     if kind == "recovery" or kind in self.hyperparameters["scores"]:
-                        score, usable = getattr(self, f"{kind}_of")(own, k)
+                        score, usable = self._scored(kind, own, k)
                         self._sums[i, k] += score[:, usable].sum(1).double().cpu()
                         self._counts[i, k] += int(usable.sum())
 
@@ -451,158 +371,70 @@ class WeightPatching(ZooModule):
                 "give other prompts."
             )
         for k, batch in self._sample.items():
-            self._join(k, batch)
+            candidates = self.ranked(k)[: self.hyperparameters["joint_from"]]
+            grown = self.scorer(k).grown(batch, candidates, self.hyperparameters["joint"])
+            for step, (site, share) in enumerate(grown):
+                self.curve[k, step], self.chosen[k, step] = share, self.sites.index(site)
         self._sample.clear()
+        trainer = self._trainer
+        fitting = trainer is not None and trainer.state.fn == "fit" and not trainer.sanity_checking
+        if fitting and self.hyperparameters["merge"] == "learnt":
+            self.learn_merge(_some(self.trainer.train_dataloader, self.hyperparameters["anchor_batches"]))
         self.log("val/auc", self.auc[range(len(self.level)), self.level.clamp(min=0)].mean())
         self.log("val/recovery", self.recovery.max(1).values.mean())
         moved = [self.elsewhere(k).values() for k in range(len(self.level))] if int(self.fitted) else []
         self.log("val/outside", max((far for own in moved for far in own), default=0.0))
         self.log("val/joint", self.curve[:, -1].mean())
 
+    def _scored(self, kind: str, batch: dict[str, Any], k: int) -> tuple[Tensor, Tensor]:
+        if kind == "recovery":
+            return self.recovery_of(batch, k)
+        return getattr(self.scorer(k), kind)(self._answered(batch, k) if kind == "execution" else batch)
+
     def _need_anchors(self) -> None:
         if not int(self.fitted):
             raise ZooError("No anchor is fitted: run `fit` first, or `fit_anchors`, or load a fitted checkpoint.")
 
-    def readout(self, k: int, stream: Tensor) -> Tensor:
-        """<a, h> at the last token of streams (b, t, d), (b,)."""
-        return (stream[:, -1].float() * self.anchor[k].to(stream.device)).sum(-1)  # float32 under autocast, too
+    def scorer(self, k: int) -> Scorer:
+        """What scores modules for an expert, by its fitted anchor."""
+        hp = self.hyperparameters
+        return Scorer(
+            self.anatomy, self.sites, self.expert(k), self.anchor[k], int(self.level[k]), self.size[k], hp["least"],
+            hp["rows"],
+        )  # fmt: skip
 
-    def ends(self, batch: dict[str, Any], k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """<a, h_B> and <a, h_S> of prompts, (b,) each, and which of them count: their difference is not small."""
-        until, inputs = int(self.level[k]), _prompts(batch)
+    def recovery_of(self, batch: dict[str, Any], k: int) -> tuple[Tensor, Tensor]:
+        """r of modules for each prompt of an expert, (m, b), and which prompts count, (b,).
 
-        def read() -> Tensor:
-            return reading(self.anatomy, inputs, lambda stream: self.readout(k, stream), until)
-
-        base = read()
-        with exchanged(self.backbone, self.expert(k)):
-            expert = read()
-        return base, expert, (expert - base).abs() >= self.hyperparameters["least"] * self.size[k]
-
-    def recovery_of(self, batch: dict[str, Any], k: int, sites: Sequence[Site] | None = None) -> tuple[Tensor, Tensor]:
-        """r of modules for each prompt of an expert, (m, b), and which prompts count, (b,)."""
-        base, expert, usable = self.ends(batch, k)
-        known = self.sites if sites is None else list(sites)
-        exact = self._worth(batch, k, known, expert - base, usable) if sites is None else range(len(known))
-        found = torch.zeros(len(known), len(base), device=base.device)
-        if len(exact) < len(known):
-            found += self._estimates[k][:, None].to(found)
-        ready = [known[i] for i in exact]
-        found[list(exact)] = _share(self._swept(batch, k, self.expert(k), ready) - base, expert - base)
+        With ``prefilter`` below 1 only modules with the largest first-order estimates, by the first batch, are patched;
+        the others' r is the estimate.
+        """
+        one = self.scorer(k)
+        if self.hyperparameters["prefilter"] >= 1:
+            return one.recovery(batch)
+        if k not in self._exact:
+            self._estimates[k] = estimate = one.estimated(batch)
+            count = max(1, round(self.hyperparameters["prefilter"] * len(self.sites)))
+            self._exact[k] = sorted(estimate.abs().argsort(descending=True, stable=True)[:count].tolist())
+        exact, usable = one.recovery(batch, [self.sites[i] for i in self._exact[k]])
+        found = self._estimates[k][:, None].to(exact).repeat(1, exact.shape[1])
+        found[self._exact[k]] = exact
         return found, usable
 
-    def _swept(self, batch: dict[str, Any], k: int, weights: Weights, sites: Sequence[Site]) -> Tensor:
-        return weight_sweep(
-            self.anatomy, _prompts(batch), weights, sites, lambda stream: self.readout(k, stream), int(self.level[k]),
-            self.hyperparameters["rows"],
-        )  # fmt: skip
-
-    def _worth(
-        self, batch: dict[str, Any], k: int, sites: Sequence[Site], distance: Tensor, usable: Tensor
-    ) -> Sequence[int]:
-        """Numbers of the modules that are patched: those with the largest first-order estimates, by the first batch."""
-        if self.hyperparameters["prefilter"] >= 1:
-            return range(len(sites))
-        kept = self.__dict__.setdefault("_exact", {})
-        if k not in kept:
-            share = torch.where(usable, 1 / torch.where(usable, distance, 1), 0) / usable.sum().clamp(min=1)
-            with torch.inference_mode(False):
-                anchor, share, until = self.anchor[k].clone(), share.clone(), int(self.level[k])
-            self.__dict__.setdefault("_estimates", {})[k] = estimate = first_order(
-                self.anatomy, _prompts(batch), self.expert(k), sites,
-                lambda stream: (stream[:, -1].float() * anchor).sum(-1) * share, until,
-            )  # fmt: skip
-            count = max(1, round(self.hyperparameters["prefilter"] * len(sites)))
-            kept[k] = sorted(estimate.abs().argsort(descending=True, stable=True)[:count].tolist())
-        return kept[k]
-
-    def necessity_of(self, batch: dict[str, Any], k: int) -> tuple[Tensor, Tensor]:
-        """d of modules for each prompt, (m, b): what the expert loses with the base's module in it."""
-        base, expert, usable = self.ends(batch, k)
-        own = {name: p.detach() for name, p in self.backbone.named_parameters()}
-        with exchanged(self.backbone, self.expert(k)):
-            left = self._swept(batch, k, own, self.sites)
-        return _share(expert - left, expert - base), usable
-
-    def activation_of(self, batch: dict[str, Any], k: int) -> tuple[Tensor, Tensor]:
-        """q of modules for each prompt, (m, b): the expert's activation of one, the base's weights in all."""
-        base, expert, usable = self.ends(batch, k)
-        inputs, until = _prompts(batch), int(self.level[k])
-        found = value_sweep(
-            self.anatomy, inputs, self._values(inputs, k), lambda stream: self.readout(k, stream), until,
-            self.hyperparameters["rows"],
-        )  # fmt: skip
-        return _share(found - base, expert - base), usable
-
-    def execution_of(self, batch: dict[str, Any], k: int) -> tuple[Tensor, Tensor]:
-        """As `activation_of`, of the response's log-probability at the fixed prompt with its response."""
-        batch = self._answered(batch, k)
-        inputs = _whole(batch)
-        passage = record(self.anatomy, inputs)
-
-        def read(stream: Tensor) -> Tensor:
-            return self._likely(passage, stream, batch["labels"])
-
-        base = reading(self.anatomy, inputs, read)
-        with exchanged(self.backbone, self.expert(k)):
-            expert = reading(self.anatomy, inputs, read)
-        found = value_sweep(self.anatomy, inputs, self._values(inputs, k), read, None, self.hyperparameters["rows"])
-        usable = (expert - base).abs() >= self.hyperparameters["least"] * (expert - base).abs().mean().clamp(min=1e-6)
-        return _share(found - base, expert - base), usable
-
-    def _values(self, inputs: dict[str, Tensor], k: int) -> dict[Site, Tensor]:
-        """What each module of the expert gives."""
-        with exchanged(self.backbone, self.expert(k)), capture(self.anatomy, self.sites) as seen:
-            record(self.anatomy, inputs)
-            return {site: seen[site] for site in self.sites}
-
-    # ---- joint sets ---------------------------------------------------------------------------------------------
-
-    def joint_recovery(self, batch: dict[str, Any], k: int, sites: Iterable[Site | str]) -> float:
-        """Mean r of several modules together, exactly."""
-        base, expert, usable = self.ends(batch, k)
-        parts = {part: None for site in sites for part in module_slices(self.anatomy, site)}
-        with swapped(self.backbone, taken(self.expert(k), parts)):
-            found = reading(self.anatomy, _prompts(batch), lambda s: self.readout(k, s), int(self.level[k]))
-        return float(_share(found - base, expert - base)[usable].mean())
-
-    def _join(self, k: int, batch: dict[str, Any]) -> None:
-        """Add heads and MLPs one by one, each time the one that brings the set's recovery highest, exactly."""
-        base, expert, usable = self.ends(batch, k)
-        left = self.ranked(k)[: self.hyperparameters["joint_from"]]
-        taken_already: list[Site] = []
-        for step in range(min(self.hyperparameters["joint"], len(left))):
-            parts = {part: None for site in taken_already for part in module_slices(self.anatomy, site)}
-            with swapped(self.backbone, taken(self.expert(k), parts)):
-                found = self._swept(batch, k, self.expert(k), left)
-            mean = _share(found - base, expert - base)[:, usable].mean(1)
-            best = int(mean.argmax())
-            taken_already.append(left.pop(best))
-            self.curve[k, step] = mean[best]
-            self.chosen[k, step] = self.sites.index(taken_already[-1])
+    # ---- what was found -----------------------------------------------------------------------------------------
 
     def joint_set(self, k: int) -> list[tuple[Site, float]]:
         """The greedy set in the order of its growth, with the recovery up to each."""
         pairs = zip(self.chosen[k].tolist(), self.curve[k].tolist(), strict=True)
         return [(self.sites[i], share) for i, share in pairs if i >= 0]
 
-    # ---- what was found -----------------------------------------------------------------------------------------
-
     def ranked(self, k: int, by: str = "recovery") -> list[Site]:
         """Heads and MLPs, the largest score first."""
-        score = getattr(self, by)[k]
-        order = score.argsort(descending=True, stable=True).tolist()
-        return [self.sites[i] for i in order if self.sites[i].kind in ("head", "mlp")]
+        return ranked(getattr(self, by)[k], self.sites)
 
     def rank(self, k: int, sites: Iterable[Site | str], by: str = "recovery") -> float:
         """Mean rank of heads and MLPs among all of them, from 1; among equals the mean of their places."""
-        small = [i for i, site in enumerate(self.sites) if site.kind in ("head", "mlp")]
-        score = dict(zip(small, getattr(self, by)[k][small].tolist(), strict=True))
-        own = [score[self.sites.index(self.anatomy.site(site))] for site in sites]
-        ranks = [
-            sum(s > mine for s in score.values()) + (sum(s == mine for s in score.values()) + 1) / 2 for mine in own
-        ]
-        return sum(ranks) / len(ranks)
+        return mean_rank(getattr(self, by)[k], self.sites, [self.anatomy.site(site) for site in sites])
 
     def stages(self, k: int) -> dict[Site, str]:
         """Each module's stage: "source", "aggregation", "execution", or "none"."""
@@ -620,28 +452,53 @@ class WeightPatching(ZooModule):
     # ---- merging ------------------------------------------------------------------------------------------------
 
     def merge_weights(self, how: str | None = None) -> Tensor:
-        """w of each expert and module, (k, m): by "softmax", "top_p" or "random" (a mask of as many modules).
+        """w of each expert and module, (k, m): by "softmax", "top_p", "random" (a mask of as many modules) or "learnt".
 
         By "softmax" experts share what no score tells apart, such as modules above L*.
+
+        Raises:
+            ZooError: if none are learnt.
         """
-        how = how or self.hyperparameters["merge"]
+        hp, how = self.hyperparameters, how or self.hyperparameters["merge"]
         if how == "softmax":
-            return (self.recovery / self.hyperparameters["temperature"]).softmax(0)
+            return shared(self.recovery, hp["temperature"])
+        if how == "learnt":
+            if not int(self.steps):
+                raise ZooError("No merging weights are learnt: `fit` with merge='learnt', or call `learn_merge`.")
+            return self.learnt.clone()
         small = torch.tensor([site.kind in ("head", "mlp") for site in self.sites], device=self.recovery.device)
-        score = self.recovery.clamp(min=0) * small
-        ranked = score.sort(dim=1, descending=True, stable=True)
-        before = ranked.values.cumsum(1) - ranked.values
-        enough = self.hyperparameters["top_p"] * score.sum(1, keepdim=True)
-        count = ((before < enough) & (ranked.values > 0)).sum(1)
-        order = ranked.indices
-        if how == "random":
-            generator = torch.Generator().manual_seed(seed_from("random mask", self.hyperparameters["seed"]))
-            places = small.nonzero().flatten().cpu()
-            order = torch.stack([places[torch.randperm(len(places), generator=generator)] for _ in count])
-        mask = torch.zeros_like(self.recovery)
-        for k, n in enumerate(count.tolist()):
-            mask[k, order[k, :n].to(mask.device)] = 1.0
-        return mask
+        generator = torch.Generator().manual_seed(seed_from("random mask", hp["seed"])) if how == "random" else None
+        return kept(self.recovery, small, hp["top_p"], generator)
+
+    def learn_merge(self, batches: Sequence[dict[str, Any]]) -> Tensor:
+        """Fit merging weights by a few steps on the anchor loss; returns it before each step, (steps,).
+
+            L = mean_k mean_x ((<a_k, h_merged(x)> - <a_k, h_{S_k}(x)>) / |mu_S - mu_B|_k)^2
+
+        Each expert's part of the merged model's state is to be the expert's own, at L*, on the expert's prompts. The
+        weights start as those of "softmax"; those of modules above L* stay.
+
+        Args:
+            batches: prompts, such as those that anchors are fitted by.
+        Raises:
+            ZooError: if no anchor is fitted, or there is no prompt.
+        """
+        self._need_anchors()
+        hp, experts = self.hyperparameters, range(len(self.level))
+        with torch.inference_mode(False):
+            given = {k: own for k in experts if (own := self._own(batches, k))}
+            if not given:
+                raise ZooError("No prompt of any expert to learn merging weights by.")
+            count = {k: len(given) * sum(len(batch["skill"]) for batch in own) for k, own in given.items()}
+            aims = [towards(self.scorer(k), batch, 1 / count[k]) for k, own in given.items() for batch in own]
+            weights, losses = learnt(
+                self.anatomy, [self.expert(k) for k in experts], places_of(self.anatomy, self.sites),
+                self.merge_weights("softmax"), aims, hp["merge_steps"], hp["merge_lr"], hp["scale"],
+            )  # fmt: skip
+        self.learnt.copy_(weights)
+        self.steps.fill_(len(losses))
+        log.info("merging weights: loss %.4g before the first and %.4g before the last step", losses[0], losses[-1])
+        return losses
 
     @torch.no_grad()
     def merged_weights(self, how: str | None = None) -> Weights:
@@ -649,43 +506,20 @@ class WeightPatching(ZooModule):
         how = how or self.hyperparameters["merge"]
         if how == "none":
             return {}
-        if how in ("softmax", "top_p", "random"):
-            return self._merged_by(self.merge_weights(how))
         own = {name: p.detach() for name, p in self.backbone.named_parameters()}
+        scale, density = self.hyperparameters["scale"], self.hyperparameters["density"]
+        if how in ("softmax", "top_p", "random", "learnt"):
+            every = [self.expert(k) for k in range(len(self.level))]
+            return merged_by(own, every, places_of(self.anatomy, self.sites), self.merge_weights(how), scale)
         inside = own.keys() - set(outside(self.anatomy))
         base = {name: own[name] for name in own if name in inside}
         experts = [{n: self.expert(k)[n].detach().to(base[n]) for n in base} for k in range(len(self.level))]
-        scale, density = self.hyperparameters["scale"], self.hyperparameters["density"]
         if how == "ties":
             return ties(base, experts, density, scale)
         if how == "dare":
             generator = torch.Generator().manual_seed(seed_from("dare", self.hyperparameters["seed"]))
             return dare(base, experts, density, scale, generator)
         return task_arithmetic(base, experts, scale / len(experts) if how == "average" else scale)
-
-    def _merged_by(self, weights: Tensor) -> Weights:
-        """base + lambda sum_k w_k tau_k by heads and MLPs, and of an attention block's other weights by the block."""
-        parameters, scale = dict(self.backbone.named_parameters()), self.hyperparameters["scale"]
-        places: dict[Slice, list[int]] = {}
-        for i, site in enumerate(self.sites):
-            if site.kind in ("head", "mlp"):
-                for part in module_slices(self.anatomy, site):
-                    places.setdefault(part, []).append(i)
-        covered = {part.name for part in places}
-        for i, site in enumerate(self.sites):
-            if site.kind == "attention":
-                rest = (part for part in module_slices(self.anatomy, site) if part.name not in covered)
-                places.update({part: [i] for part in rest})
-        found = {name: parameters[name].detach().clone() for name in {part.name: None for part in places}}
-        for part, own in places.items():
-            base = part.of(parameters[part.name].detach()).float()
-            change = torch.zeros_like(base)
-            for k in range(len(weights)):
-                share = float(weights[k, own].mean())
-                if share:
-                    change += share * (part.of(self.expert(k)[part.name].detach()).to(base) - base)
-            part.of(found[part.name]).copy_(base + scale * change)
-        return found
 
     def merged(self, how: str | None = None) -> nn.Module:
         """The merged model, of transformers, to be used without this library."""
@@ -706,7 +540,7 @@ class WeightPatching(ZooModule):
         if folder.exists() and not folder.is_dir():
             raise ZooError(f"{folder} is a file; give a folder to save the merged model in.")
         self.merged(how).save_pretrained(folder)  # type: ignore[operator]
-        tokenizer = _tokenizer(self.hyperparameters["backbone"])
+        tokenizer = tokenizer_at(self.hyperparameters["backbone"], self.hyperparameters["backbone_revision"])
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         return folder
@@ -723,9 +557,9 @@ class WeightPatching(ZooModule):
             for own in self._own([batch], k):
                 top = self.ranked(k)[: len(own["truth"][0].split()) if "truth" in own else 2]
                 found: dict[str, Any] = {"accuracy_base": self.right(own)}
-                found["joint_recovery"] = torch.tensor([self.joint_recovery(own, k, top)] * len(own["skill"]))
-                parts = {part: None for site in top for part in module_slices(self.anatomy, site)}
-                with swapped(self.backbone, taken(self.expert(k), parts)):
+                one = self.scorer(k)
+                found["joint_recovery"] = torch.tensor([one.joint(own, top)] * len(own["skill"]))
+                with taken_over(one, top):
                     found["accuracy_patched"] = self.right(own)
                 with exchanged(self.backbone, self.expert(k)):
                     found["accuracy_expert"] = self.right(own)
@@ -755,21 +589,13 @@ class WeightPatching(ZooModule):
             for value in values:
                 value.reset()
 
-    @torch.no_grad()
     def right(self, batch: dict[str, Any]) -> Tensor:
         """Which prompts (b,) the backbone as it is answers right: by "labels" all tokens, by "judge" all constraints.
 
         Raises:
             ZooError: if the batch has neither.
         """
-        if "judge" in batch:
-            responses = self.respond(batch["prompt"], batch["prompt_mask"])
-            end = self.backbone.config.eos_token_id
-            texts = [row[~gone].tolist() for row, gone in zip(responses, _ended(responses, end), strict=True)]
-            return torch.tensor([all(judge(row)) for judge, row in zip(batch["judge"], texts, strict=True)])
-        if "labels" not in batch:
-            raise ZooError('These prompts have neither responses ("labels") nor constraints ("judge") to be tested by.')
-        return all_right(self(batch["input_ids"], batch["attention_mask"]), batch["labels"])
+        return right(self.backbone, batch, self.hyperparameters["new_tokens"])
 
     # ---- prediction ---------------------------------------------------------------------------------------------
 
@@ -799,8 +625,8 @@ class WeightPatching(ZooModule):
             for k in skill.unique().tolist():
                 rows = (skill == k).nonzero().flatten()
                 own = {"prompt": prompt.cpu()[rows].to(self.device), "prompt_mask": mask.cpu()[rows].to(self.device)}
-                base, expert, usable = self.ends(own, k)
-                recovery, _ = self.recovery_of(own, k, self.sites)
+                base, expert, usable = self.scorer(k).ends(own)
+                recovery, _ = self.scorer(k).recovery(own)
                 found["recovery"][rows] = (recovery * usable).T.float().cpu()
                 found["base"][rows], found["expert"][rows] = base.float().cpu(), expert.float().cpu()
         small = torch.tensor([site.kind in ("head", "mlp") for site in self.sites])
@@ -818,25 +644,6 @@ TESTED = (
 """What is measured of each expert; of accuracies the mean over experts is logged, and the worst."""
 
 
-def separation(base: Tensor, expert: Tensor) -> Tensor:
-    """Area under the curve of telling the expert's values (l, b) from the base's: the chance that its is larger."""
-    first, second = expert[:, :, None], base[:, None, :]
-    return ((first > second).float() + 0.5 * (first == second).float()).mean((1, 2))
-
-
-def _share(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole, 0 where the whole is 0."""
-    return torch.where(whole == 0, torch.zeros_like(part), part / torch.where(whole == 0, 1, whole))
-
-
-def _prompts(batch: dict[str, Any]) -> dict[str, Tensor]:
-    return {"input_ids": batch["prompt"], "attention_mask": batch["prompt_mask"]}
-
-
-def _whole(batch: dict[str, Any]) -> dict[str, Tensor]:
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-
-
 def _some(loader: Iterable[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """The first batches."""
     return [batch for _, batch in zip(range(count), loader, strict=False)]
@@ -846,78 +653,3 @@ def _kept(value: Any, rows: list[int], device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value[torch.tensor(rows, device=value.device)].to(device)
     return [value[i] for i in rows]
-
-
-def _ended(tokens: Tensor, end: int | list[int] | None) -> Tensor:
-    """Which tokens (b, t) come after the first that ends a text."""
-    ends = torch.zeros_like(tokens, dtype=torch.bool)
-    for token in [] if end is None else end if isinstance(end, list) else [end]:
-        ends |= tokens == token
-    return (ends.long().cumsum(1) - ends.long()) > 0
-
-
-# ---- is it a pair? ---------------------------------------------------------------------------------------------------
-
-
-def _config(module: nn.Module) -> dict[str, Any]:
-    config: Any = module.config
-    kept = {k: v for k, v in config.to_diff_dict().items() if k not in ("transformers_version", "dtype")}
-    return {**kept, "model_type": config.model_type}
-
-
-def _same_config(base: Any, expert: Any) -> None:
-    """Make sure that two models compute alike.
-
-    Raises:
-        ZooError: naming the first entry that differs.
-    """
-    ours, theirs = base.to_dict(), expert.to_dict()
-    for name in sorted({*ours, *theirs} - set(HARMLESS), key=lambda name: name != "model_type"):
-        if ours.get(name) != theirs.get(name):
-            raise ZooError(
-                f"Base and expert are no pair: {name} is {ours.get(name)} in the base and {theirs.get(name)} in the "
-                "expert. The expert must be specialised from this base."
-            )
-
-
-def _same_vocabulary(base: nn.Module, expert: nn.Module) -> None:
-    ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (base, expert))  # type: ignore[operator]
-    if ours != theirs:
-        raise ZooError(
-            f"The expert's embeddings are resized: {theirs} tokens, the base's has {ours}. Resize them back "
-            "(resize_token_embeddings), or give a base with the same tokens."
-        )
-
-
-def _tokenizer(name: Any) -> Any:
-    """The tokenizer of a folder or Hub id, where there is one."""
-    from transformers import AutoTokenizer
-
-    if not isinstance(name, str):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def _same_tokenizer(base: Any, expert: Any) -> None:
-    """Make sure that two models read alike.
-
-    Raises:
-        ZooError: naming a word that is another token in the other's tokenizer.
-    """
-    first, second = _tokenizer(base), _tokenizer(expert)
-    if first is None or second is None:
-        log.warning(
-            "%s has no tokenizer to compare: I take it that they read alike.", base if first is None else expert
-        )
-        return
-    ours, theirs = first.get_vocab(), second.get_vocab()
-    if ours == theirs:
-        return
-    word = next(word for word in sorted({*ours, *theirs}) if ours.get(word) != theirs.get(word))
-    raise ZooError(
-        f"Base and expert have other tokenizers: {word!r} is token {ours.get(word, 'none')} in {base!r} and "
-        f"{theirs.get(word, 'none')} in {expert!r}."
-    )

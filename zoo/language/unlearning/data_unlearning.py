@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from zoo.core import ZooDataModule, ZooError, seed_from
+from zoo.data.fixed import Fixed
 from zoo.data.plain import write_csv
+from zoo.data.prompts import lines, prompts, questions, text_of
 from zoo.language.llm.languages import train_decoder, word_tokenizer
 from zoo.language.unlearning.metrics import STATED
 
@@ -250,7 +252,8 @@ class ContinualUnlearningDataModule(ZooDataModule):
     <forget>_perturbed.json, retain_perturbed.json, real_authors_perturbed.json, world_facts_perturbed.json (an object
     a line, requests by "task_id") and DIR/idontknow.jsonl (refusals). ScienceQA: CC-BY-NC-SA-4.0; TOFU: MIT.
 
-    A user's own prompts: a text file, one a line; the answers are a CSV of prompt, answer and weight.
+    A user's own prompts: a text file, one a line, or the field "prompt" of JSON lines, CSV or TSV; the answers are a
+    CSV of prompt, answer and weight.
 
     Args:
         root: folder of ScienceQA or TOFU; None for the generated language.
@@ -339,8 +342,8 @@ class ContinualUnlearningDataModule(ZooDataModule):
             else hp.relabel
         )
         if how == "refusals":
-            lines = self._refusals()
-            return [lines[i] for i in torch.randint(len(lines), (len(own),), generator=generator).tolist()]
+            refusals = self._refusals()
+            return [refusals[i] for i in torch.randint(len(refusals), (len(own),), generator=generator).tolist()]
         count = len(TopicLanguage.LETTERS) if self.root is None else hp.letters
         drawn = [chr(65 + i) for i in torch.randint(count, (len(own),), generator=generator).tolist()]
         return [_with_letter(sample.answer, letter) for sample, letter in zip(own, drawn, strict=True)]
@@ -349,10 +352,10 @@ class ContinualUnlearningDataModule(ZooDataModule):
         path = None if self.root is None else self.root / "idontknow.jsonl"
         if path is None or not path.is_file():
             return list(REFUSALS)
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not lines:
+        found = [line.strip() for _, line in lines(path)]
+        if not found:
             raise ZooError(f"{path} holds no refusal, one a line.")
-        return lines
+        return found
 
     # ---- the layouts --------------------------------------------------------------------------------------------
 
@@ -400,15 +403,19 @@ class ContinualUnlearningDataModule(ZooDataModule):
         return forget, samples
 
     def _items(self, file: str, group: str, request: int = -1) -> list[Sample]:
-        path = self.need(file, expected='a list of {"instruction", "input", "output", "answer"}')
+        expected = 'a list of {"instruction", "input", "output", "answer"}'
+        path = self.need(file, expected=expected)
         try:
-            found = []
-            for item in json.loads(path.read_text(encoding="utf-8")):
-                template = TEMPLATES["alpaca_input" if item.get("input") else "alpaca"]
-                prompt = template.format(question=item["instruction"], more=item.get("input") or "")
-                found.append(Sample(prompt, str(item["output"]), group, request))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ZooError(f"{path}: expected a list of instruction, input, output and answer ({error}).") from error
+            items = json.loads(text_of(path))
+        except ValueError as error:
+            raise ZooError(f"{path}: expected {expected} in JSON: {error}") from error
+        found = []
+        for number, item in enumerate(items if isinstance(items, list) else [items], 1):
+            if not isinstance(item, dict) or item.get("instruction") is None or item.get("output") is None:
+                raise ZooError(f"{path}, item {number}: expected {expected}, found {str(item)[:60]!r}.")
+            template = TEMPLATES["alpaca_input" if item.get("input") else "alpaca"]
+            prompt = template.format(question=item["instruction"], more=item.get("input") or "")
+            found.append(Sample(prompt, str(item["output"]), group, request))
         return found
 
     def _is_tofu(self) -> bool:
@@ -417,7 +424,7 @@ class ContinualUnlearningDataModule(ZooDataModule):
 
     def _tofu(self) -> tuple[dict[str, list[Sample]], list[Sample]]:
         name = self.hparams.forget
-        rows = _lines(self.need("tofu", f"{name}_perturbed.json", expected="TOFU's continual form, an object a line"))
+        rows = questions(self.need("tofu", f"{name}_perturbed.json", expected="TOFU's continual form, a line each"))
         tasks = list(dict.fromkeys(str(row.get("task_id", "")) for row in rows))
         wanted = self._wanted(["1", "2", "3"], tasks)
         forget: dict[str, list[Sample]] = {task: [] for task in wanted}
@@ -431,11 +438,11 @@ class ContinualUnlearningDataModule(ZooDataModule):
             if row.get("paraphrased_question"):
                 again = {**row, "question": row["paraphrased_question"]}
                 samples.append(self._asked(again, "heldout", request))
-        kept = _lines(self.need("tofu", "retain_perturbed.json", expected="TOFU's retained questions"))
+        kept = questions(self.need("tofu", "retain_perturbed.json", expected="TOFU's retained questions"))
         samples += [self._asked(row, "retained") for row in kept[: self.hparams.retained or None]]
         for group in ("real_authors", "world_facts") if self.hparams.others else ():
             file = self.need("tofu", f"{group}_perturbed.json", expected="TOFU's questions beside its authors")
-            samples += [self._asked(row, group) for row in _lines(file)]
+            samples += [self._asked(row, group) for row in questions(file)]
         return forget, samples
 
     def _asked(self, row: dict[str, Any], group: str, request: int = -1) -> Sample:
@@ -446,12 +453,9 @@ class ContinualUnlearningDataModule(ZooDataModule):
     # ---- a user's own prompts -----------------------------------------------------------------------------------
 
     def read(self, path: Path) -> Dataset:
-        """A text file with a prompt a line."""
-        try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ZooError(f"{path} is no text file in UTF-8: {error}") from error
-        return OwnPrompts(lines)
+        """A user's prompts, see `zoo.data.prompts.prompts`."""
+        found = prompts(path)
+        return Fixed({"prompt": found, "name": [str(i) for i in range(len(found))]})
 
     def write(self, predictions: Iterable[dict[str, Any]], path: Path) -> list[Path]:
         """``predictions.csv``: prompt, answer, weight."""
@@ -508,19 +512,6 @@ class Questions(Dataset):
         }
 
 
-class OwnPrompts(Dataset):
-    """A user's prompts."""
-
-    def __init__(self, lines: list[str]):
-        self.lines = lines
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"prompt": self.lines[index], "name": str(index)}
-
-
 def _mixed(samples: Sequence[Sample]) -> list[Sample]:
     """The groups in turn, so that any part of the whole has some of each."""
     by: dict[str, list[Sample]] = {}
@@ -537,17 +528,3 @@ def _with_letter(answer: str, letter: str) -> str:
     if found is None:
         return letter
     return f"{answer[: found.start(1)]}{letter}{answer[found.end(1) :]}"
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """JSON objects, one a line, with a question and an answer."""
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            found.append({**row, "question": str(row["question"]), "answer": str(row["answer"])})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ZooError(f"{path}, line {number}: expected a question and an answer, found {line[:60]!r}.") from error
-    return found

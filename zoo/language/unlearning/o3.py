@@ -34,20 +34,22 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from zoo.core import ZooError, ZooModule, unwrap
+from zoo.core import ZooError, unwrap
+from zoo.core.errors import first_line
+from zoo.engines.patching import CausalLMModule
 from zoo.language.llm.languages import masked_loss
 from zoo.language.unlearning.data_unlearning import GROUPS, TopicLanguage
 from zoo.language.unlearning.metrics import answer_nats, choice, longest_recall, truth_ratio
 from zoo.language.unlearning.ood_detector import (
     ROBERTA_LARGE,
+    ROBERTA_LARGE_CONFIG,
     SNAPS,
     OODDetector,
-    build_masked,
     loading_weight,
     mask_words,
 )
 from zoo.language.unlearning.orthogonal_lora import OrthogonalLoRA, own_names
-from zoo.nn.backbones import build_backbone, known_mask
+from zoo.nn.backbones import build_backbone, config_of, take_weights
 from zoo.nn.ood_metrics import OODMetrics
 
 OBJECTIVES = ("relabel", "ascent")
@@ -65,7 +67,7 @@ class Place(NamedTuple):
     """Whether the request ends with this batch."""
 
 
-class O3(ZooModule):
+class O3(CausalLMModule):
     """Unlearns request after request, and answers prompts with as much of it as each calls for.
 
     Training batches hold every request's whole forget set as text ("prompts", "targets", "answers": a list a request)
@@ -202,7 +204,8 @@ class O3(ZooModule):
         self.words = tokenizer_of(tokenizer, backbone, backbone_revision, "left")
         self.detector: OODDetector | None = None
         if loading == "soft":
-            trunk = build_masked(detector, detector_revision)
+            only_sizes = detector == ROBERTA_LARGE and torch.get_default_device().type == "meta"
+            trunk = build_backbone(ROBERTA_LARGE_CONFIG if only_sizes else detector, detector_revision, "masked-lm")
             self.detector = OODDetector(
                 trunk, sizes, states, detector_rank, detector_alpha, detector_dropout, authors_padding, authors_cutoff
             )
@@ -216,7 +219,7 @@ class O3(ZooModule):
         self.ood = OODMetrics()
 
     @classmethod
-    def from_backbone(
+    def from_backbone(  # type: ignore[override]
         cls,
         module: nn.Module,
         tokenizer: Any,
@@ -228,12 +231,10 @@ class O3(ZooModule):
 
         Weights are copied and saved with ours, and so are the tokenizers.
         """
-        given = {"backbone": _config(module), **({} if trunk is None else {"detector": _config(trunk)})}
-        model = cls(**given, **hparams)
-        model.backbone.load_state_dict(module.state_dict())
+        model = super().from_backbone(module, **({} if trunk is None else {"detector": config_of(trunk)}), **hparams)
         model.words = padded(tokenizer, "left")
         if trunk is not None and model.detector is not None:
-            model.detector.trunk.load_state_dict(trunk.state_dict())
+            take_weights(model.detector.trunk, trunk)
             model.detector_words = padded(detector_tokenizer, "right")
         model._live_tokenizers = True
         return model
@@ -253,21 +254,50 @@ class O3(ZooModule):
         return {**values, **found}
 
     def saved_state_dict(self) -> dict[str, Tensor]:
-        hp, state = self.hyperparameters, self.state_dict()
-        if not isinstance(hp["backbone"], str):
+        state = super().saved_state_dict()
+        if not isinstance(self.hyperparameters["detector"], str):
             return state
-        named = ("backbone.", "detector.trunk.") if isinstance(hp["detector"], str) else ("backbone.",)
-        return {key: value for key, value in state.items() if not key.startswith(named)}
+        return {key: value for key, value in state.items() if not key.startswith("detector.trunk.")}
 
     @classmethod
     def convert_state_dict(cls, content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The authors' unlearning adapter, a file of peft, as an adapter that is always loaded."""
-        state, ends, rank = own_names(unwrap(content))
-        hyperparameters = {"rank": rank, "targets": ends, "loading": "always", "requests": ["converted"]}
+        """The authors' unlearning adapter: a file of peft, then always loaded, or a folder with detectors.
+
+        Of a folder the detectors average over padding, as they were fitted, and w goes through the thresholds of their
+        evaluation (``snap``). Requests are in the order of their names; which adapters came before the last one is not
+        in it, so that the next request is held orthogonal to this one alone.
+        """
+        detectors = content.get("detectors", {})
+        state, ends, rank = own_names(content["adapter"] if "adapter" in content else unwrap(content))
+        requests = list(detectors) or ["converted"]
+        hyperparameters = {"rank": rank, "targets": ends, "loading": "always", "requests": requests}
         found = {f"unlearner.{key}": value for key, value in state.items()}
+        if "config" in content:
+            hyperparameters |= _of_peft(content["config"], "backbone", alpha="alpha", dropout="dropout")
+        for i, one in enumerate(detectors.values()):
+            own, _, detector_rank = own_names(one["adapter"])
+            found |= {f"detector.adapters.{key.removesuffix('0')}{i}": value for key, value in own.items()}
+            fitted = ("mean", "precision", "bank", "normal", "mixture")
+            found |= {f"detector.fitted.{i}.{key}": one[key].float() for key in fitted}
+            found[f"detector.fitted.{i}.ready"] = torch.ones((), dtype=torch.bool)
+            hyperparameters |= {"detector_rank": detector_rank, "states": len(one["mean"])}
+            hyperparameters |= _of_peft(one["config"], "detector", alpha="detector_alpha", dropout="detector_dropout")
         for key in [key for key in found if key.endswith(".a.0")]:
-            found[key.removesuffix("a.0") + "kept"] = found[key].new_zeros(0, *found[key].shape)
-        return hyperparameters, {**found, "progress": torch.zeros(2, dtype=torch.long)}
+            earlier = len(requests) - 1 if key.startswith("unlearner.") else 0
+            found[key.removesuffix("a.0") + "kept"] = found[key].new_zeros(earlier, *found[key].shape)
+        if detectors:
+            hyperparameters |= {
+                "loading": "soft", "sizes": [one["bank"].shape[1] for one in detectors.values()],
+                "snap": content["snap"], "authors_padding": True, "authors_cutoff": True,
+            }  # fmt: skip
+        return hyperparameters, {**found, "progress": torch.tensor([len(detectors), 0])}
+
+    @classmethod
+    def read_authors(cls, folder: Path) -> dict[str, Any]:
+        """What `convert_state_dict` takes, of a folder with the authors' detectors and their unlearning adapter."""
+        from zoo.language.unlearning.authors_files import read_folder
+
+        return read_folder(folder)
 
     def with_request(self, name: str, size: int) -> "O3":
         """This model ready for one more request: the same weights and statistics, and room for ``name``.
@@ -318,7 +348,10 @@ class O3(ZooModule):
         if not rows or min(counts) == 0:
             raise ZooError(f"An empty {what}: there is nothing to read in it.")
         if max(counts) > limit:
-            raise ZooError(f"A {what} has {max(counts)} tokens; {limit} fit. Shorten it, or raise the limit.")
+            raise ZooError(
+                f"A {what} has {max(counts)} tokens; {limit} fit (max_length, detector_length, new_tokens and the "
+                "model itself set that). Shorten it."
+            )
         length = max(length, max(counts))
         left = words.padding_side == "left"
         ids = torch.full((len(rows), length), words.pad_token_id)
@@ -352,12 +385,6 @@ class O3(ZooModule):
                 return Place(request, stage, done, steps, total - done == 1)
             done, total = done - steps, total - steps
         raise ZooError("The run was started with smaller batches and cannot go on with these. Resume with the same.")
-
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        for name, p in self.named_parameters():
-            if not p.is_meta and not bool(p.isfinite().all()):
-                raise ZooError(f"{name} holds NaN or infinite values: the weights are damaged, nothing can be trained.")
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         """One batch of the stage that training is at."""
@@ -507,16 +534,8 @@ class O3(ZooModule):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         """Logits (b, t, v) of token ids (b, t), the adapter loaded by ``weight`` (b,), or fully."""
-        if input_ids.ndim != 2 or not input_ids.numel():
-            raise ValueError(
-                f"input_ids are {tuple(input_ids.shape)}; expected (prompts, positions), at least one each."
-            )
         with self.unlearner.loaded(weight=weight):
-            options = {"attention_mask": known_mask(input_ids, attention_mask), "use_cache": False}
-            return self.backbone(input_ids, **options).logits
-
-    def example_inputs(self) -> tuple[Tensor, ...]:
-        return (torch.tensor([[1, 2, 3, 4, 5]], device=self.device) % self.backbone.config.vocab_size,)
+            return self.logits(input_ids, attention_mask)
 
     @torch.no_grad()
     def nearness(self, prompts: Sequence[str]) -> Tensor:
@@ -694,7 +713,7 @@ def tokenizer_of(name: str | None, model: str | dict[str, Any], revision: str | 
     try:
         return padded(AutoTokenizer.from_pretrained(where, revision=pinned), side)
     except (OSError, ValueError, KeyError) as error:
-        raise ZooError(f"No tokenizer in {where!r}: {str(error).strip().splitlines()[0]}") from error
+        raise ZooError(f"No tokenizer in {where!r}: {first_line(error)}") from error
 
 
 def padded(words: Any, side: str) -> Any:
@@ -705,12 +724,12 @@ def padded(words: Any, side: str) -> Any:
     return words
 
 
-def _config(module: nn.Module) -> dict[str, Any]:
-    config: Any = module.config
-    kept = {
-        k: v for k, v in config.to_diff_dict().items() if k not in ("transformers_version", "dtype", "architectures")
-    }
-    return {**kept, "model_type": config.model_type}
+def _of_peft(config: Mapping[str, Any], base: str, alpha: str, dropout: str) -> dict[str, Any]:
+    """The hyperparameters, by these names, that peft's settings of an adapter tell."""
+    given = {alpha: config.get("lora_alpha"), dropout: config.get("lora_dropout")}
+    name = config.get("base_model_name_or_path")
+    given[base] = ROBERTA_LARGE if name == "roberta-large" else name
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def _linear(step: int, steps: int, warmup: int) -> float:

@@ -331,28 +331,3 @@ class OODDetector(nn.Module):
                 one: Any = self.fitted[request]
                 found[:, request] = closeness(one.scores(features.float()).double(), one.mixture.double())
         return found
-
-
-def build_masked(name: str | dict[str, Any], revision: str | None = None, dtype: str = "float32") -> nn.Module:
-    """A masked language model of transformers, by Hub id, folder or config.
-
-    Raises:
-        ZooError: if it cannot be loaded.
-    """
-    from transformers import AutoConfig, AutoModelForMaskedLM
-
-    shapes_only = torch.get_default_device().type == "meta"  # there are no weights to be loaded there
-    if name == ROBERTA_LARGE and shapes_only:
-        name = ROBERTA_LARGE_CONFIG
-    try:
-        if isinstance(name, dict):
-            values = dict(name)
-            config = AutoConfig.for_model(values.pop("model_type", ""), **values)
-        else:
-            config = AutoConfig.from_pretrained(name, revision=revision)
-        if isinstance(name, dict) or shapes_only:
-            return AutoModelForMaskedLM.from_config(config).to(getattr(torch, dtype))
-        return AutoModelForMaskedLM.from_pretrained(name, revision=revision, config=config, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ZooError(f"detector {str(name)[:80]!r} is no masked language model that loads: {reason}") from error

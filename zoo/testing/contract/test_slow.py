@@ -98,34 +98,49 @@ def test_exports_to_onnx(name: str, tmp_path: Path) -> None:
 WORKER = """
 import sys, torch
 from zoo.testing.contract.case import case, quietly, trainer
-one = case(sys.argv[1])
+one, folder, strategy, devices, samples = case(sys.argv[1]), *sys.argv[2:4], *map(int, sys.argv[4:])
 model = one.tiny()
 with quietly():
-    run = trainer(sys.argv[2], devices=2, strategy=sys.argv[3], max_steps=2)
-    run.fit(model, datamodule=one.data())
-torch.save({k: v.detach() for k, v in model.named_parameters()}, f"{sys.argv[2]}/rank{run.global_rank}.pt")
+    run = trainer(folder, devices=devices, strategy=strategy, max_steps=2)
+    run.fit(model, datamodule=one.data(**({"batch_size": samples} if samples else {})))
+found = {k: v.detach() for k, v in model.state_dict().items()}
+torch.save(found, f"{folder}/rank{run.global_rank}.pt")
 """
+
+
+def fitted(one: Case, folder: Path, strategy: str, devices: int, samples: int = 0) -> list[dict[str, Tensor]]:
+    """The states that the processes of a fit end with; ``samples`` a batch each, where that can be chosen."""
+    folder.mkdir()
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    done = subprocess.run(
+        [sys.executable, str(script), one.name, str(folder), strategy, str(devices), str(samples)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in range(devices)]
 
 
 @every_method
 def test_two_processes_end_with_equal_weights(name: str, tmp_path: Path) -> None:
+    """A method without a parameter to train ends with what one process makes of all data, also in its buffers."""
     one = case(name)
 
     def proof() -> None:
-        script = tmp_path / "worker.py"
-        script.write_text(WORKER)
+        model = one.tiny()
+        trained = any(p.requires_grad for p in model.parameters())
+        kept = dict(model.named_parameters()) if trained else model.state_dict()
         strategy = one.facts.get("trainer", {}).get("strategy", "ddp")
-        done = subprocess.run(
-            [sys.executable, str(script), name, str(tmp_path), strategy],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        first, second = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
+        states = fitted(one, tmp_path / "two", strategy, devices=2)
+        first, second = ({key: state[key] for key in kept} for state in states)
         assert same(first, second)
-        start = dict(one.tiny().named_parameters())
-        assert not same({k: v.detach() for k, v in start.items()}, first)
+        assert not same({key: value.detach() for key, value in kept.items()}, first)
+        if not trained:
+            samples = 2 * one.sample.batch_size if not one.sample.whole else 0
+            (alone,) = fitted(one, tmp_path / "one", "auto", devices=1, samples=samples)
+            assert same(first, alone, 1e-4), "two processes fit something else than one"
 
     one.capability("ddp", proof)

@@ -38,8 +38,10 @@ class FederatedClassificationDataModule(ZooDataModule):
     vectors (n, d); several files are a site each); cifar-10-batches-py/ or cifar-100-python/; MNIST/raw/ or
     FashionMNIST/raw/ with idx files; {train,test}_32x32.mat (SVHN); {train,test}/<class>/<picture>;
     client_<x>/<class>/<picture>, a site each, with test/<class>/<picture> or else a fifth of each site's for testing;
-    or clients.csv, a header and file,client,class[,split] a line, where split is train or test (without it a fifth of
-    each client's for testing), the files relative to DIR.
+    clients.csv, a header and file,client,class[,split] a line, where split is train or test (without it a fifth of
+    each client's for testing), the files relative to DIR; the faces of RAF-DB (EmoLabel/list_patition_label.txt,
+    Image/aligned/, in DIR or DIR/basic) or FERPlus (fer2013new.csv beside fer2013.csv, or FER2013Train/, FER2013Test/;
+    without "PublicTest" and faces on which most taggers don't agree).
 
     Args:
         clients: how many there are; None takes the sites of a set that has them.

@@ -129,6 +129,7 @@ class FAL(FederatedModule):
         net: name of a classifier of `zoo.nn.classifiers`, or ``{"name": ..., arguments}``; ``{"name": "two_layer",
             "width": 4096}`` is the analysed network, for two classes.
         adversarial: whether clients are attacked in training; without it is federated averaging.
+        attack_from: rounds of federated averaging before clients are attacked: FedAvg, then adversarial fine-tuning.
         attack: "pgd_linf", "pgd_l2" or "fgsm" (one step of rho).
         rho: how far an input may be moved, in the norm of the attack, pictures being in [0, 1].
         attack_step: length of a step of the attack. attack_steps: how many.
@@ -189,6 +190,7 @@ class FAL(FederatedModule):
         stack: int | None = None,
         state_on_disk: bool = False,
         adversarial: bool = True,
+        attack_from: int = 0,
         attack: str = "pgd_linf",
         rho: float = 8 / 255,
         attack_step: float = 2 / 255,
@@ -214,6 +216,8 @@ class FAL(FederatedModule):
             value = self.hyperparameters[key]
             if value not in known:
                 raise ValueError(f"{key} is {value!r}; one of {', '.join(known)}.{nearest(value, list(known))}")
+        if attack_from < 0:
+            raise ValueError(f"attack_from is {attack_from}; a number of rounds, not negative.")
         if rho < 0 or not 0 <= clean_weight <= 1:
             raise ValueError(
                 f"rho={rho}, clean_weight={clean_weight}: rho must not be negative, clean_weight in [0, 1]."
@@ -311,7 +315,8 @@ class FAL(FederatedModule):
 
     @property
     def _attacks(self) -> bool:
-        return self._hp["adversarial"] and self._hp["rho"] > 0
+        done = 0 if self.round.is_meta else int(self.round)
+        return self._hp["adversarial"] and self._hp["rho"] > 0 and done >= self._hp["attack_from"]
 
     def work(self, clients: Clients, samples: Samples, down: Message) -> Message:
         """K steps, each on a batch that is attacked just before."""

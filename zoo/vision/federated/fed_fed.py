@@ -190,6 +190,10 @@ class Moments:
         self.steps = [state[name].new_zeros(len(state[name])) for name in names]
 
 
+PIECE = 2**15
+"""Parameters that an optimiser's step of one client takes at once on a CPU, so that they stay in its cache."""
+
+
 class RowAdamW(torch.optim.Optimizer):
     """The authors' AdamW, for clients that are rows of the same tensors, each with its own steps; some may rest.
 
@@ -215,13 +219,33 @@ class RowAdamW(torch.optim.Optimizer):
             w, g = (p, p.grad) if stacked else (p[None], p.grad[None])
             first, second, steps = (values[number][rows] for values in (all_.first, all_.second, all_.steps))
             turn = self.turn[number]
-            turn = torch.ones_like(steps, dtype=torch.bool) if turn is None else turn[rows]
-            steps += turn
-            shape = (-1, *[1] * (w.ndim - 1))
-            first.copy_(torch.where(turn.view(shape), torch.lerp(first, g, 0.1), first))
-            second.copy_(torch.where(turn.view(shape), torch.lerp(second, g.square(), 0.001), second))
-            size = group["lr"] * (1 - 0.999**steps).sqrt() / (1 - 0.9**steps).clamp(min=1e-12) * turn
-            w -= size.view(shape) * (group["decay"] * w + first / (second.sqrt() + 1e-8))
+            steps += 1 if turn is None else turn[rows]
+            size = group["lr"] * (1 - 0.999**steps).sqrt() / (1 - 0.9**steps).clamp(min=1e-12)
+            if turn is not None:
+                self._some(w, g, first, second, size, turn[rows])
+            elif w.numel() > PIECE and len(w) == 1 and w.device.type == "cpu":
+                flat = (w.view(-1), g.reshape(-1), first.view(-1), second.view(-1))
+                for parts in zip(*(value.split(PIECE) for value in flat), strict=True):
+                    self._move(*parts, size)
+            else:
+                self._move(w, g, first, second, size.view(-1, *[1] * (w.ndim - 1)))
+
+    def _some(self, w: Tensor, g: Tensor, first: Tensor, second: Tensor, size: Tensor, turn: Tensor) -> None:
+        """A step of the rows whose turn it is."""
+        before = [value.clone() for value in (w, first, second)]
+        self._move(w, g, first, second, size.view(-1, *[1] * (w.ndim - 1)))
+        for value, old in zip((w, first, second), before, strict=True):
+            value[~turn] = old[~turn]
+
+    def _move(self, w: Tensor, g: Tensor, first: Tensor, second: Tensor, size: Tensor) -> None:
+        """In place, with two temporary tensors: passes over memory are what a step of many parameters costs."""
+        decay = self.param_groups[0]["decay"]
+        first.lerp_(g, 0.1)
+        square = torch.mul(g, g)
+        second.lerp_(square, 0.001)
+        way = torch.sqrt(second, out=square).add_(1e-8)
+        torch.div(first, way, out=way)
+        w -= torch.mul(w, decay).add_(way).mul_(size)
 
 
 # ---- the pool -------------------------------------------------------------------------------------------------------

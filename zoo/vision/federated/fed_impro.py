@@ -160,6 +160,7 @@ class FedImpro(FederatedModule):
     """
 
     head: ClassVar[tuple[str, ...]] = ("model.head", "feature_", "states.feature_", "label_count")
+    server_only: ClassVar[tuple[str, ...]] = ("label_count", "unlike")
     variants: ClassVar[dict[str, dict[str, Any]]] = {
         "tiny": {
             "net": {"name": "cnn", "widths": [8, 16], "features": 32},

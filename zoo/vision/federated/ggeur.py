@@ -377,6 +377,7 @@ class GGEUR(FederatedModule):
 
     monitor, mode = "val/accuracy", "max"
     head: ClassVar[tuple[str, ...]] = ("model.head", "statistics.", "states.", "server.")
+    server_only: ClassVar[tuple[str, ...]] = ("statistics.",)
     variants: ClassVar[dict[str, dict[str, Any]]] = {
         "cifar100": {"num_classes": 100, "target": 500},
         "tinyimagenet": {"num_classes": 200, "target": 500, "image_size": 64},
@@ -473,6 +474,7 @@ class GGEUR(FederatedModule):
             self.accuracy = nn.ModuleDict({f"on_{s}": DomainAccuracy(num_clients, domains) for s in ("val", "test")})
         self.statistics = Statistics(num_clients, num_classes, self._width, per_prototype > 0)
         self._factors: Tensor | None = None
+        self._behind: set[int] = set()  # to whom shapes go in this round
         self._features: OrderedDict[Any, tuple[Tensor, Tensor]] = OrderedDict()
         self.register_load_state_dict_post_hook(_forget)
 
@@ -569,77 +571,129 @@ class GGEUR(FederatedModule):
         hp = self.hparams
         return hp.geometry in ("class", "isotropic") or (hp.geometry == "repeat" and hp.per_prototype > 0)
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        if self.exchanges and not batch["image"].is_meta:
-            with torch.no_grad(), full_precision(batch["image"]):
-                self.exchange(batch)
-        super().training_step(batch, batch_idx)
-
     def exchange(self, batch: dict[str, Any]) -> None:
-        """Statistics of the clients that report for the first time go up, and shapes go down to those without them."""
+        """Statistics of clients that report for the first time go up; who lacks the shapes as they are gets them."""
+        if not self.exchanges or self.device.type == "meta":
+            return
         known = self.statistics
-        there = [row for row, share in enumerate(batch["work"]) if share > 0]
         reported = known.reported.tolist()
-        new = [row for row in there if not reported[batch["client"][row]]]
+        new = [row for row, share in enumerate(batch["work"]) if share > 0 and not reported[batch["client"][row]]]
         if new:
             self._report(batch, new)
             self._factors = None
-        ids = torch.tensor([batch["client"][row] for row in there], device=self.device)
+        there = [client for client, share in zip(batch["client"], batch["work"], strict=True) if share > 0]
+        ids = torch.tensor(there, device=self.device)
         behind = ids[known.known[ids] < known.version]
         known.known[behind] = known.version
+        self._behind = set(behind.tolist())
         self.sent[1] += self._bytes_of_shapes(behind)
 
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        asked = [row for row, share in enumerate(batch["work"]) if share > 0]
+        super().training_step(batch, batch_idx)
+        # who fell silent, on a machine of its own, may have no shapes, or none any more
+        self.statistics.known[[batch["client"][row] for row in asked if batch["work"][row] == 0]] = 0
+
     def _report(self, batch: dict[str, Any], rows: list[int]) -> None:
+        """Ask who has how many samples of which class, then the guides for their means and covariances; pool them."""
         hp, known = self.hparams, self.statistics
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        mine = rows[dist.get_rank() if world > 1 else 0 :: world]
-        data = [self._of(batch, row) for row in mine]
-        for _, label in data:
-            if int(label.max()) >= hp.num_classes:
-                raise ValueError(f"'label' goes up to {int(label.max())}; num_classes is {hp.num_classes}.")
         k, d = hp.num_classes, self._width
-        own = [class_means(x, y, k) for x, y in data]
-        counts = torch.stack([c for c, _ in own]) if own else torch.zeros(0, k, device=self.device)
-        means = torch.stack([m for _, m in own]) if own else torch.zeros(0, k, d, device=self.device)
-        # in the order of the round: rank r has clients r, r + world, ...
-        all_ = gather({"counts": counts, "means": means}, len(rows))
-        guides = guide_set(all_["counts"], hp.guide)
-        parts = torch.cat([known.total[None], all_["counts"] * guides])
-        total, mean, between = pool(parts, torch.cat([known.mean[None], all_["means"]]))
-        within = torch.zeros_like(known.covariance)
-        for i, (x, y) in enumerate(data):
-            for c in guides[rows.index(mine[i])].nonzero().flatten().tolist():
-                z = x[y == c] - means[i, c]
-                within[c].addmm_(z.T, z)  # n times the client's covariance
-        if world > 1:
+        nothing: dict[int, Message] = {row: {} for row in rows}
+        told = dict(self.consult("counts", batch, nothing, {row: {"counts": (k,)} for row in rows}))
+        rows = [row for row in rows if batch["work"][row] > 0]
+        own = [answer["counts"] for answer in told.values()]
+        counts = gather({"counts": torch.stack(own) if own else known.counts[:0]}, len(rows))["counts"]
+        guides = guide_set(counts, hp.guide)
+        wanted = guides | (counts > 0) if hp.per_prototype else guides
+        spread = guides & (hp.geometry != "repeat")
+        asked = {row: {"means": wanted[i], "spread": spread[i]} for i, row in enumerate(rows)}
+        shapes = {
+            row: {"means": (int(wanted[i].sum()), d), "spread": (int(spread[i].sum()), d, d)}
+            for i, row in enumerate(rows)
+        }
+        mine, within = [], torch.zeros_like(known.covariance)
+        for row, answer in self.consult("moments", batch, asked, shapes):  # covariances are summed as they come
+            mine.append(within.new_zeros(k, d).index_put((asked[row]["means"],), answer["means"].to(within)))
+            for c, value in zip(asked[row]["spread"].nonzero().flatten().tolist(), answer["spread"], strict=True):
+                within[c] += value
+        there = torch.tensor([batch["work"][row] > 0 for row in rows], device=self.device)
+        rows = [row for row in rows if batch["work"][row] > 0]
+        counts, guides, wanted, spread = (value[there] for value in (counts, guides, wanted, spread))
+        means = gather({"means": torch.stack(mine) if mine else within.new_zeros(0, k, d)}, len(rows))["means"]
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(within)
+        parts = torch.cat([known.total[None], counts * guides])
+        total, mean, between = pool(parts, torch.cat([known.mean[None], means]))
         within += known.total[:, None, None] * known.covariance
         known.covariance.copy_(between + within / total.clamp(min=1)[:, None, None])
         known.total.copy_(total)
         known.mean.copy_(mean)
-        ids = torch.tensor([batch["client"][row] for row in rows], device=self.device)
-        known.counts[ids] = all_["counts"]
+        ids = torch.tensor([batch["client"][row] for row in rows], dtype=torch.long, device=self.device)
+        known.counts[ids] = counts
         if hp.per_prototype:
-            known.prototypes[ids] = all_["means"]
+            known.prototypes[ids] = means
         known.reported[ids] = True
         known.version += 1
-        sent = guides | (all_["counts"] > 0) if hp.per_prototype else guides
-        moments = d * d if hp.geometry != "repeat" else 0
-        self.sent[0] += 4 * (all_["counts"].numel() + d * int(sent.sum()) + moments * int(guides.sum()))
+        self.sent[0] += 4 * (counts.numel() + d * int(wanted.sum()) + d * d * int(spread.sum()))
+
+    def answer(self, part: str, batch: dict[str, Any], row: int, asked: Message) -> Message:
+        """A client's statistics: "counts" (k,), or of the classes asked for "means" (m, d) and "spread" (g, d, d).
+
+        The spread of a class is its number of samples times their covariance.
+        """
+        k, first = self.hparams.num_classes, sum(batch["size"][:row])
+        if part == "counts":
+            label = batch["label"][first : first + batch["size"][row]]
+            if int(label.max()) >= k:
+                raise ValueError(f"'label' goes up to {int(label.max())}; num_classes is {k}.")
+            return {"counts": torch.bincount(label, minlength=k).to(self.statistics.counts)}
+        x, label = self._of(batch, row)
+        means = class_means(x, label, k)[1]
+        apart = [x[label == c] - means[c] for c in asked["spread"].nonzero().flatten().tolist()]
+        spread = torch.stack([z.T @ z for z in apart]) if apart else x.new_zeros(0, x.shape[1], x.shape[1])
+        return {"means": means[asked["means"]], "spread": spread}
+
+    def _needs(self, client: int) -> tuple[Tensor, Tensor]:
+        """Classes that a client may fill (k,), and whose means of which other domains it then uses (m, k); bool."""
+        hp = self.hparams
+        present = self.statistics.counts[client] > 0
+        others = self.others(client)[1] if hp.per_prototype else present[None, :0]
+        fills = present | others.any(0) if hp.fill_absent else present
+        return fills, others & fills if hp.per_prototype else others
 
     def _bytes_of_shapes(self, ids: Tensor) -> int:
         """Bytes of the shapes and prototypes that these clients use."""
-        hp, known = self.hparams, self.statistics
-        per = {"class": self._width * min(hp.rank or self._width, self._width), "isotropic": 1, "repeat": 0}
-        count = 0
-        for client in ids.tolist():
-            present = known.counts[client] > 0
-            others = self.others(client)[1] if hp.per_prototype else present[None, :0]
-            fills = present | others.any(0) if hp.fill_absent else present
-            count += per[hp.geometry] * int(fills.sum()) + self._width * int(
-                (others & fills).sum() if hp.per_prototype else 0
+        per = {"class": self._width * min(self.hparams.rank or self._width, self._width), "isotropic": 1, "repeat": 0}
+        needs = [self._needs(client) for client in ids.tolist()]
+        return 4 * sum(
+            per[self.hparams.geometry] * int(fills.sum()) + self._width * int(others.sum()) for fills, others in needs
+        )
+
+    def aside(self, client: int) -> Message:
+        """Shapes of the classes that a client fills, and other domains' means, where it lacks them as they are now."""
+        if client not in self._behind:
+            return {}
+        fills, there = self._needs(client)
+        found = {"classes": fills.nonzero().flatten()}
+        if self.hparams.geometry == "class":
+            found["shape"] = self.factors()[fills]
+        elif self.hparams.geometry == "isotropic":
+            found["shape"] = self.factors()[fills, 0, 0]
+        if self.hparams.per_prototype:
+            found |= {"there": there, "means": self.others(client)[0][there]}
+        return found
+
+    @property
+    def _told(self) -> Message | None:
+        """On a client's machine what the server sent it `aside`; None where the server's statistics are."""
+        if not self.states.held:
+            return None
+        if "classes" not in self.received:
+            raise ZooError(
+                "This client has no shapes of classes: it was started again, without a folder to keep them. The server "
+                "sends them again in its next round."
             )
-        return 4 * count
+        return self.received
 
     def others(self, client: int) -> tuple[Tensor, Tensor]:
         """Class means of the other domains, each over that domain's clients, and which there are.
@@ -647,7 +701,10 @@ class GGEUR(FederatedModule):
         Shapes:
             returns: (m, k, d), (m, k) bool
         """
-        known, hp = self.statistics, self.hparams
+        known, hp, told = self.statistics, self.hparams, self._told
+        if told is not None:
+            means = known.mean.new_zeros(*told["there"].shape, self._width)
+            return means.index_put((told["there"],), told["means"]), told["there"]
         domains = hp.domains or hp.num_clients
         place = torch.arange(hp.num_clients, device=self.device) % domains
         counts = known.counts.new_zeros(domains, hp.num_classes).index_add(0, place, known.counts)
@@ -660,15 +717,23 @@ class GGEUR(FederatedModule):
 
     def factors(self) -> Tensor:
         """What multiplies ε for each class, (k, d, r): computed once after each exchange."""
-        hp = self.hparams
         if self._factors is None or self._factors.device != self.device:
-            covariance = self.statistics.covariance
-            if hp.geometry == "class":
-                self._factors = factor(covariance, hp.rank, hp.enlarge, hp.authors_smallest)
-            else:
-                spread = (covariance.diagonal(dim1=-2, dim2=-1).sum(-1) / self._width).sqrt()
-                self._factors = spread[:, None, None] * torch.eye(self._width, device=self.device)
+            self._factors = self._received_factors() if self._told else self._own_factors()
         return self._factors
+
+    def _own_factors(self) -> Tensor:
+        hp, covariance = self.hparams, self.statistics.covariance
+        if hp.geometry == "class":
+            return factor(covariance, hp.rank, hp.enlarge, hp.authors_smallest)
+        spread = (covariance.diagonal(dim1=-2, dim2=-1).sum(-1) / self._width).sqrt()
+        return spread[:, None, None] * torch.eye(self._width, device=self.device)
+
+    def _received_factors(self) -> Tensor:
+        """Those that came `aside`, 0 for classes that this client does not fill."""
+        classes, shape = self.received["classes"], self.received["shape"]
+        if self.hparams.geometry == "isotropic":
+            shape = shape[:, None, None] * torch.eye(self._width, device=self.device)
+        return shape.new_zeros(self.hparams.num_classes, *shape.shape[1:]).index_put((classes,), shape)
 
     @torch.no_grad()
     def fill(self, x: Tensor, label: Tensor, client: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -2,15 +2,19 @@
 
 Paper: Zhang, Yang, Tian, Wang, Liu, Han, "Robust Training of Federated Models with Extremely Label Deficiency",
 ICLR 2024, arXiv:2402.14430. Code by the authors: https://github.com/visitworld123/Twin-sight, MIT.
-Reproduces: the setting with labelled and unlabelled clients, and that where each client has few labels, with SimCLR as
-the unsupervised network. Departs: clients' momentum begins anew every round (the authors' clients keep theirs); the
-strong view is the engine's RandAugment and a square of 8 pixels set to 0 (theirs: a grey one of up to 16); labelled
-samples of the second setting go round without the smaller last batch. BYOL and SimSiam as unsupervised networks, which
-the authors' code has too, are left out.
+Reproduces: the setting with labelled and unlabelled clients, and that where each client has few labels, with SimCLR,
+BYOL or SimSiam as the unsupervised objective. Departs: clients' momentum begins anew every round (the authors' clients
+keep theirs); the strong view is the engine's RandAugment and a square of 8 pixels set to 0 (theirs: a grey one of up to
+16); labelled samples of the second setting go round without the smaller last batch. BYOL's target follows the online
+network after every step (the authors' never moves: ``decay=1.0``), and with SimSiam, too, it is the features that are
+tied (theirs: the projections).
 
 Index legend: b samples of a local batch, d features, k classes.
 """
 
+import copy
+import itertools
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -23,22 +27,52 @@ from zoo.nn.classifiers import features
 from zoo.vision.federated.data_semi_supervised import labelled_part, two_pools
 
 
-def projector(inside: int, hidden: int, outside: int, norm: str) -> nn.Sequential:
-    """Linear, normalisation, ReLU, Linear: what the unsupervised network has for a head."""
-    layers = {"batch": lambda: nn.BatchNorm1d(hidden), "group": lambda: nn.GroupNorm(1, hidden), "none": nn.Identity}
-    return nn.Sequential(nn.Linear(inside, hidden), layers[norm](), nn.ReLU(), nn.Linear(hidden, outside))
+class Dense(nn.Sequential):
+    """Linear layers with normalisation and ReLU between them, and with ``last`` normalisation behind the last one."""
+
+    def __init__(self, widths: list[int], norm: str, last: bool = False):
+        kinds = {
+            "batch": nn.BatchNorm1d,
+            "group": lambda width: nn.GroupNorm(1, width),
+            "none": lambda _: nn.Identity(),
+        }
+        layers: list[nn.Module] = []
+        for inside, outside in itertools.pairwise(widths):
+            layers += [nn.Linear(inside, outside), kinds[norm](outside), nn.ReLU()]
+        super().__init__(*(layers[:-1] if last else layers[:-2]))
 
 
 class Twins(nn.Module):
     """The supervised network, which classifies, and the unsupervised one, which tells pictures apart.
 
+    Args:
+        objective: of the unsupervised one: "simclr"; "simsiam", which has a predictor behind its projector; or "byol",
+            which has a target network beside, too, that no gradient reaches.
     Shapes:
         x: (b, c, h, w), normalised; returns: (b, k), by the supervised network alone
     """
 
-    def __init__(self, supervised: nn.Sequential, unsupervised: nn.Sequential):
+    def __init__(
+        self,
+        supervised: nn.Sequential,
+        unsupervised: nn.Sequential,
+        objective: str = "simclr",
+        projection: Sequence[int] = (4096, 2048),
+        norm: str = "batch",
+    ):
         super().__init__()
         self.supervised, self.unsupervised = supervised, unsupervised
+        inside, (hidden, outside) = unsupervised.head.in_features, projection
+        if objective == "simsiam":
+            head = Dense([inside, hidden, hidden, outside], norm, last=True)  # type: ignore[list-item]
+        else:
+            head = Dense([inside, hidden, outside], norm)  # type: ignore[list-item]
+        unsupervised.head = head
+        if objective != "simclr":
+            inner = hidden if objective == "byol" else max(outside // 2, 1)
+            self.predictor = Dense([outside, inner, outside], norm)
+        if objective == "byol":
+            self.target = copy.deepcopy(unsupervised).requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.supervised(x)
@@ -57,6 +91,19 @@ def instance_loss(z: Tensor, mask: Tensor, temperature: float) -> Tensor:
     logits = (z @ z.T / temperature).masked_fill(~others, -torch.inf)
     positive = (z * z.roll(len(mask), 0)).sum(1) / temperature
     return masked_mean(torch.where(keep, logits.logsumexp(1) - positive, 0.0), keep)
+
+
+def agreement_loss(predicted: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
+    """Minus the cosines of what is predicted of each view and the other view's projection, mean over both; in [-1, 1].
+
+    Args:
+        predicted: from the b first views, then the b second. wanted: projections in the same order, not learnt from.
+            mask: samples that are no padding.
+    Shapes:
+        predicted, wanted: (2b, d); mask: (b,) bool; returns: ()
+    """
+    cosine = F.cosine_similarity(predicted, wanted.detach().roll(len(mask), 0), dim=1)
+    return -masked_mean(cosine, torch.cat([mask, mask]))
 
 
 def neighbourhood_loss(f_u: Tensor, f_s: Tensor, mask: Tensor, authors_xor: bool = False) -> Tensor:
@@ -80,10 +127,11 @@ class TwinSight(FederatedModule):
         labelled:    CE(g_s(x), y) + ins L_ins(unsupervised) + sim ||G_u - G_s||^2 / b^2
         unlabelled:                  ins L_ins(unsupervised) + sim ||G_u - G_s||^2 / b^2
 
-    L_ins is NT-Xent over a weak and a strong view of each picture, G the cosines between the weak views' features in a
-    batch. So an unlabelled client's supervised network learns only which pictures are alike, and no objective of one
-    kind of client pulls at the other's. What no gradient reaches on an unlabelled client (the supervised head) stays as
-    it came down. The server averages both networks by numbers of samples; only the supervised one predicts.
+    L_ins is NT-Xent over a weak and a strong view of each picture, or BYOL's or SimSiam's loss, and G the cosines
+    between the weak views' features in a batch. So an unlabelled client's supervised network learns only which pictures
+    are alike, and no objective of one kind of client pulls at the other's. What no gradient reaches on an unlabelled
+    client (the supervised head) stays as it came down. The server averages both networks by numbers of samples; only
+    the supervised one predicts.
 
     ``ins = sim = 0`` leaves federated averaging of the supervised network; with ``pseudo`` it is FedAvg with FixMatch
     or FreeMatch. The data are `FederatedSemiSupervisedDataModule`'s: ``labelled=1.0, labelled_clients=4`` of 10 is the
@@ -91,7 +139,9 @@ class TwinSight(FederatedModule):
     pseudo_weight=5.0, algorithm="fedprox", mu=1.0``.
 
     Args:
-        projection: hidden and last width of the unsupervised network's projector.
+        unsupervised: objective of that network: "simclr", "byol" or "simsiam".
+        projection: hidden and last width of its projector; the authors' for "simsiam" is [512, 512].
+        decay: share of BYOL's target network that stays in a step; the target never leaves its client.
         ins: weight of the unsupervised network's loss. temperature: of that loss.
         sim: weight of the loss that ties the two. The authors' code divides by b XOR 2 = 66 at b = 64 where b^2 was
             meant, so theirs weighs 62 times as much as ours at the same ``sim``.
@@ -129,7 +179,9 @@ class TwinSight(FederatedModule):
     def __init__(
         self,
         net: str | dict[str, Any] = "resnet18",
+        unsupervised: str = "simclr",
         projection: list[int] = [4096, 2048],  # noqa: B006 (read only; the command knows no tuple)
+        decay: float = 0.99,
         num_classes: int = 10,
         in_channels: int = 3,
         image_size: int = 32,
@@ -173,6 +225,8 @@ class TwinSight(FederatedModule):
                 f"ins={ins}, sim={sim}, pseudo_weight={pseudo_weight}, labelled_batch={labelled_batch}, "
                 f"temperature={temperature}: not negative, the temperature above 0."
             )
+        if unsupervised not in ("simclr", "byol", "simsiam") or not 0 <= decay <= 1:
+            raise ValueError(f"unsupervised={unsupervised!r}, decay={decay}: 'simclr', 'byol' or 'simsiam'; in [0, 1].")
         if pseudo not in ("", "fixmatch", "freematch"):
             raise ValueError(f"pseudo is {pseudo!r}; '', 'fixmatch' or 'freematch'.")
         if len(projection) != 2 or min(projection) < 1:
@@ -185,10 +239,12 @@ class TwinSight(FederatedModule):
         self.strong = Views(strong)
 
     def build(self) -> nn.Module:
-        supervised, unsupervised = super().build(), super().build()
-        inside = unsupervised.head.in_features
-        unsupervised.head = projector(inside, *self._hp["projection"], norm=self._hp["norm"])  # type: ignore[assignment]
-        return Twins(supervised, unsupervised)  # type: ignore[arg-type]
+        hp, supervised, unsupervised = self._hp, super().build(), super().build()
+        return Twins(supervised, unsupervised, hp["unsupervised"], hp["projection"], hp["norm"])  # type: ignore[arg-type]
+
+    @property
+    def _shared(self) -> set[str]:
+        return {name for name in super()._shared if not name.startswith("target.")}
 
     # ---- a client's loss ----------------------------------------------------------------------------------------
 
@@ -210,15 +266,38 @@ class TwinSight(FederatedModule):
         found = {"supervised": masked_mean(each, known)}
         loss = found["supervised"]
         if hp["ins"] or hp["sim"]:
-            f_u = features(model.unsupervised, x)
-            z = model.unsupervised.head(f_u)  # type: ignore[operator, union-attr]
-            found["instance"] = instance_loss(z, mask, hp["temperature"])
+            f_u, found["instance"] = self._instance(model, x, mask)
             found["neighbourhood"] = neighbourhood_loss(f_u[:count], f_s[:count], mask, hp["authors_xor"])
             loss = loss + hp["ins"] * found["instance"] + hp["sim"] * found["neighbourhood"]
         if hp["pseudo"]:
             found |= self._pseudo(logits[:count], logits[count:], mask & ~batch["labelled"], batch)
             loss = loss + hp["pseudo_weight"] * found["pseudo"]
         return {"loss": loss, **found}
+
+    def _instance(self, model: nn.Module, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (2b, d) of the unsupervised network for both views x (2b, ...), one below the other; its loss."""
+        net: Any = model
+        hp = self._hp
+        if hp["unsupervised"] == "simclr":
+            f_u = features(net.unsupervised, x)
+            return f_u, instance_loss(net.unsupervised.head(f_u), mask, hp["temperature"])
+        views = x.split(len(mask))  # each by itself, so that batch norm sees one kind, as the authors' does
+        f_u = [features(net.unsupervised, view) for view in views]
+        z = [net.unsupervised.head(f) for f in f_u]
+        predicted = torch.cat([net.predictor(one) for one in z])
+        if hp["unsupervised"] == "simsiam":
+            return torch.cat(f_u), agreement_loss(predicted, torch.cat(z), mask)
+        wanted = torch.cat([net.target(view) for view in views])
+        return torch.cat(f_u), 4 + 4 * agreement_loss(predicted, wanted, mask)  # two sums of 2 - 2 cos
+
+    def after_step(self, clients: Clients) -> None:
+        """BYOL's target goes a little towards the online network."""
+        if self._hp["unsupervised"] != "byol":
+            return
+        for name, value in clients.now.items():
+            if name.startswith("unsupervised."):
+                target = clients.state[f"target.{name.removeprefix('unsupervised.')}"][: clients.count]
+                target.mul_(self._hp["decay"]).add_(value.detach(), alpha=1 - self._hp["decay"])
 
     def _pseudo(self, weak: Tensor, strong: Tensor, unlabelled: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Cross-entropy of one view to what the network says of the other, where it is sure; over all unlabelled."""
@@ -296,6 +375,7 @@ class TwinSight(FederatedModule):
             for name in now:
                 now[name][anew] = first[name][anew]
             found = clients.step(self.loss, {**batch, **{name: value[:count] for name, value in now.items()}})
+            self.after_step(clients)
             for name in now:
                 now[name][:count] = found.pop(name).to(now[name])
             for name, value in found.items():
