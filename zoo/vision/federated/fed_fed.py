@@ -233,9 +233,10 @@ class RowAdamW(torch.optim.Optimizer):
     def _some(self, w: Tensor, g: Tensor, first: Tensor, second: Tensor, size: Tensor, turn: Tensor) -> None:
         """A step of the rows whose turn it is."""
         before = [value.clone() for value in (w, first, second)]
-        self._move(w, g, first, second, size.view(-1, *[1] * (w.ndim - 1)))
+        shape = (-1, *[1] * (w.ndim - 1))
+        self._move(w, g, first, second, size.view(shape))
         for value, old in zip((w, first, second), before, strict=True):
-            value[~turn] = old[~turn]
+            value.copy_(torch.where(turn.view(shape), value, old))
 
     def _move(self, w: Tensor, g: Tensor, first: Tensor, second: Tensor, size: Tensor) -> None:
         """In place, with two temporary tensors: passes over memory are what a step of many parameters costs."""
