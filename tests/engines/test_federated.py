@@ -160,6 +160,27 @@ def test_rounds_equal_plain_loops(name: str, stack: int | None) -> None:
             assert far(kept, twin.control[client]) < 1e-5
 
 
+def test_padding_is_cut_off_where_all_clients_have_it() -> None:
+    """Small last batches are as small as they are, and views draw for whole ones: alone or together, the same."""
+    found = {}
+    for stack in (1, 3):
+        model = module(stack=stack, augment=["crop:1", "flip", "noise:0.1"])
+        seen: list[tuple[int, ...]] = []
+        inner = model.loss
+        model.loss = (
+            lambda net, batch, inner=inner, seen=seen: (  # type: ignore[method-assign]
+                seen.append(tuple(batch["image"].shape[:1])) or inner(net, batch)
+            )
+        )
+        model.training_step(a_round(), 0)
+        found[stack] = model.model.state_dict()
+        # clients of 5, 11 and 8 samples in batches of 4, most steps first
+        assert seen == {1: [(4,), (4,), (3,), (4,), (1,), (4,), (4,)], 3: [(4,), (4,), (3,)]}[stack]
+    assert far(found[1], found[3]) < 1e-5
+    for name in ("image", "label", "mask", "row"):
+        assert name in model.padded
+
+
 @pytest.mark.parametrize("batch_norm", ["aggregate", "personal"])
 def test_batch_norm_per_client(batch_norm: str) -> None:
     """Statistics move within each client, with whole batches only, and are averaged or stay."""

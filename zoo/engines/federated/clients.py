@@ -43,7 +43,9 @@ class Clients:
         self.count = len(next(iter(state.values())))
         if not stacked and self.count != 1:
             raise ValueError(f"{self.count} clients cannot train unstacked at once; give one.")
-        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        parameters = dict(model.named_parameters())
+        trained = {name for name, p in parameters.items() if p.requires_grad}
+        self._tied = len(parameters) < sum(1 for _ in model.named_parameters(remove_duplicate=False))
         self.start = {name: value for name, value in (start or state).items() if name in trained}
         if start is None:
             self.start = {name: value.clone() for name, value in self.start.items()}
@@ -81,7 +83,7 @@ class Clients:
 
         def one(leaves: dict[str, Tensor], rest: dict[str, Tensor], rows: dict[str, Tensor]) -> Any:
             weights = {f"network.{name}": value for name, value in (*leaves.items(), *rest.items())}
-            return functional_call(network, weights, (rows,))
+            return functional_call(network, weights, (rows,), tie_weights=self._tied)  # looking for ties takes a while
 
         if self.stacked:
             return vmap(one, randomness="different")(self._leaves, fixed, dict(batch))

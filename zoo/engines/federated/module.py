@@ -42,7 +42,8 @@ class Samples:
 
     Iterating gives, step by step, how many clients still work and their batches: "image" (s, b, c, h, w) float in
     [0, 1] after the views, "label" (s, b), "mask" (s, b) bool, False where a batch is padded, "row" (s, b), each
-    sample's place in the round's batch, and "labelled" (s, b) where the data say it.
+    sample's place in the round's batch, and "labelled" (s, b) where the data say it. Where all of them are padded, at
+    the end of the smaller last batches, nothing of what the method names in `padded` is left.
     """
 
     def __init__(self, module: "FederatedModule", batch: dict[str, Any], rows: Sequence[int], plan: tuple[Any, ...]):
@@ -62,7 +63,10 @@ class Samples:
     def __iter__(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
         for step in range(len(self)):
             count = sum(done > step for done in self.counts)
-            yield count, self.module.local_batch(self, step, count)
+            batch = self.module.local_batch(self, step, count)  # draws for whole batches: the same for any padding
+            width, whole = int(self.mask[:count, step].sum(1).max()), self.mask.shape[2]
+            names = self.module.padded if width < whole else ()
+            yield count, batch | {name: batch[name][:, :width] for name in names if name in batch}
 
     def again(self) -> "Samples":
         """The same batches and views from the beginning."""
@@ -164,6 +168,9 @@ class FederatedModule(ZooModule):
     head: ClassVar[tuple[str, ...]] = ("model.head",)
     ragged: ClassVar[dict[str, float]] = {}
     """Names of messages (s, n, ...) that hold a row for each sample of a client, and what pads the smaller ones."""
+    padded: ClassVar[tuple[str, ...]] = ("image", "label", "labelled", "mask", "row")
+    """What of a local batch has a row for each sample and ends where they do; () keeps all padding, for a method whose
+    batches have several parts or whose loss looks from sample to sample."""
     server_only: ClassVar[tuple[str, ...]] = ()
     """Name prefixes of buffers that the server keeps to itself; the others go to the clients, see `remote`."""
     variants: ClassVar[dict[str, dict[str, Any]]] = {

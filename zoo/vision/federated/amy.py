@@ -239,6 +239,7 @@ class AMY(FederatedModule):
     """
 
     monitor, mode = "val/personal_accuracy", "max"
+    padded: ClassVar[tuple[str, ...]] = ()
     head: ClassVar[tuple[str, ...]] = (
         "model.classifier", "model.prototype", "model.seen", "states.own__classifier",
     )  # fmt: skip

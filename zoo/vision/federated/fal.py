@@ -152,6 +152,7 @@ class FAL(FederatedModule):
     """
 
     monitor, mode = "val/robust_accuracy", "max"
+    padded: ClassVar[tuple[str, ...]] = (*FederatedModule.padded, "start")
     variants: ClassVar[dict[str, dict[str, Any]]] = {
         "tiny": {
             "net": {"name": "mlp", "hidden": [32]},

@@ -345,6 +345,7 @@ class FedFed(FederatedModule):
         torch.Size([2, 10])
     """
 
+    padded: ClassVar[tuple[str, ...]] = ()
     head: ClassVar[tuple[str, ...]] = ("model.head", "vae.classifier.head")
     ragged: ClassVar[dict[str, float]] = {"first": 0, "second": 0, "label": -1}
     variants: ClassVar[dict[str, dict[str, Any]]] = {

@@ -83,6 +83,7 @@ class FedLabel(FederatedModule):
         torch.Size([2, 10])
     """
 
+    padded: ClassVar[tuple[str, ...]] = ()
     variants: ClassVar[dict[str, dict[str, Any]]] = {
         "tiny": {
             "net": {"name": "cnn", "widths": [8, 16], "features": 32},

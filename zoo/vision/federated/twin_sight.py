@@ -165,6 +165,7 @@ class TwinSight(FederatedModule):
         torch.Size([2, 10])
     """
 
+    padded: ClassVar[tuple[str, ...]] = ()
     head: ClassVar[tuple[str, ...]] = ("model.supervised.head",)
     variants: ClassVar[dict[str, dict[str, Any]]] = {
         "tiny": {
