@@ -244,6 +244,7 @@ class FederatedModule(ZooModule):
         self.algorithm.setup()
         self.accuracy = nn.ModuleDict({split: ClientAccuracy(hp["num_clients"]) for split in ("on_val", "on_test")})
         self._flops: float | None = None
+        self._read: tuple[Tensor | None, int, int] = (None, 0, 0)  # see `done`
 
     # ---- what a method overrides --------------------------------------------------------------------------------
 
@@ -444,10 +445,18 @@ class FederatedModule(ZooModule):
         shared = self._shared
         return [name for name, p in self.model.named_parameters() if p.requires_grad and name in shared]
 
+    @property
+    def done(self) -> int:
+        """Rounds done, as a number: an accelerator is asked once a round. 0 on the meta device."""
+        buffer, version, number = self._read
+        if buffer is not self.round or version != self.round._version:
+            number = 0 if self.round.is_meta else int(self.round)
+            self._read = self.round, self.round._version, number
+        return number
+
     def round_lr(self) -> float:
         """The clients' learning rate in this round."""
-        done = 0 if self.round.is_meta else int(self.round)
-        return self._hp["lr"] * self._hp["lr_decay"] ** done
+        return self._hp["lr"] * self._hp["lr_decay"] ** self.done
 
     def local_optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """A client's optimiser, new every round. It must work element by element: the clients are rows of tensors."""

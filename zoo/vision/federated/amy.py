@@ -334,8 +334,7 @@ class AMY(FederatedModule):
 
     def ramp(self) -> float:
         """λ of this round: 0 in the first, 1 after ``ramp_rounds``."""
-        done = 0 if self.round.is_meta else int(self.round)
-        return min(done / self.hparams.ramp_rounds, 1.0) if self.hparams.ramp_rounds else 1.0
+        return min(self.done / self.hparams.ramp_rounds, 1.0) if self.hparams.ramp_rounds else 1.0
 
     def local_batch(self, samples: Samples, step: int, count: int) -> dict[str, Tensor]:
         found = super().local_batch(samples, step, count)

@@ -312,7 +312,7 @@ class DisPFL(FederatedModule):
     def moved(self, clients: Clients, samples: Samples, masks: Message) -> Message:
         """The masks of the next round: each (s, ...)."""
         hp = self._hp
-        done = 0 if self.round.is_meta else min(int(self.round), hp["rounds"])
+        done = min(self.done, hp["rounds"])
         share = hp["anneal"] / 2 * (1 + math.cos(math.pi * done / hp["rounds"]))
         scores = self.gradients(clients, samples) if hp["regrow"] == "gradient" else self._draws(samples, masks)
         found = {}

@@ -316,8 +316,7 @@ class FAL(FederatedModule):
 
     @property
     def _attacks(self) -> bool:
-        done = 0 if self.round.is_meta else int(self.round)
-        return self._hp["adversarial"] and self._hp["rho"] > 0 and done >= self._hp["attack_from"]
+        return self._hp["adversarial"] and self._hp["rho"] > 0 and self.done >= self._hp["attack_from"]
 
     def work(self, clients: Clients, samples: Samples, down: Message) -> Message:
         """K steps, each on a batch that is attacked just before."""
@@ -395,7 +394,7 @@ class FAL(FederatedModule):
                     "FAL: rho=%g is not below half of the classes' distance %.4g: no network can fit them robustly.",
                     hp["rho"], self._separability,
                 )  # fmt: skip
-        robust = self._robust_figures(x, label, seed_from("watch", int(self.round)))["robust_loss"].mean()
+        robust = self._robust_figures(x, label, seed_from("watch", self.done))["robust_loss"].mean()
         self.least.copy_(torch.minimum(self.least, robust.to(self.least)))
         found = {"moved": self.model.moved(), "flipped": self.model.flipped(self.normalise(x)), "robust_loss": robust}
         for name, value in {**found, "separability": torch.tensor(self._separability)}.items():

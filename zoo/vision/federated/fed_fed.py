@@ -463,7 +463,7 @@ class FedFed(FederatedModule):
     @property
     def phase(self) -> str:
         """What the coming round is for: "distill", "share" or "train"."""
-        done, first = 0 if self.round.is_meta else int(self.round), self._hp["distill_rounds"]
+        done, first = self.done, self._hp["distill_rounds"]
         if not first or done >= first + self._hp["share_rounds"]:
             return "train"
         return "distill" if done < first else "share"
@@ -472,8 +472,7 @@ class FedFed(FederatedModule):
         """The clients' learning rate in this round of the last phase."""
         hp = self._hp
         before = hp["distill_rounds"] + hp["share_rounds"] if hp["distill_rounds"] else 0
-        done = 0 if self.round.is_meta else int(self.round)
-        return hp["lr"] * hp["lr_decay"] ** max(done - before, 0)
+        return hp["lr"] * hp["lr_decay"] ** max(self.done - before, 0)
 
     # ---- a round ------------------------------------------------------------------------------------------------
 

@@ -267,14 +267,13 @@ class FedImpro(FederatedModule):
     def loss_weights(self) -> tuple[float, float]:
         """Weights of the losses of real and of drawn features in this round; not used by "joint"."""
         hp = self._hp
-        done = 0 if self.round.is_meta else int(self.round)
-        ratio = done / hp["ramp"] if hp["authors_ramp"] else min(done / hp["ramp"], 1.0)
+        ratio = self.done / hp["ramp"] if hp["authors_ramp"] else min(self.done / hp["ramp"], 1.0)
         pairs = {
             "joint": (1.0, 1.0),
             "gradual": (1 - ratio, ratio),
             "gradual2half": (1.0, ratio),
             "gradualhalfhalf": (1 - ratio / 2, ratio / 2),
-            "milestone": (1.0, 0.0) if done < hp["ramp"] else (0.0, 1.0),
+            "milestone": (1.0, 0.0) if self.done < hp["ramp"] else (0.0, 1.0),
         }
         return pairs[hp["schedule"]]
 

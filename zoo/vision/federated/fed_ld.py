@@ -227,8 +227,7 @@ class FedLD(FederatedModule):
 
     def round_lr(self) -> float:
         hp = self._hp
-        done = 0 if self.round.is_meta else int(self.round)
-        epochs = hp["local_epochs"] * (done + (not hp["authors_warm_up"]))
+        epochs = hp["local_epochs"] * (self.done + (not hp["authors_warm_up"]))
         return super().round_lr() * (min(epochs / hp["warm_up"], 1.0) if hp["warm_up"] else 1.0)
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:

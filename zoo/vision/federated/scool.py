@@ -531,7 +531,7 @@ class SCooL(FederatedModule):
 
     def _prune(self, strength: Tensor, place: Tensor) -> None:
         """Keep the strongest neighbours, (s, s), of clients that have not chosen theirs; from the next round on."""
-        if self.round.is_meta or int(self.round) < self._hp["fix_graph_round"] or self.neighbours == len(self.kept):
+        if self.round.is_meta or self.done < self._hp["fix_graph_round"] or self.neighbours == len(self.kept):
             return
         best = place[strength.topk(min(self.neighbours, len(place))).indices.to(place.device)]
         chosen = torch.zeros_like(self.kept[place]).scatter(1, best, True)
