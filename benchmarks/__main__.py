@@ -191,7 +191,7 @@ def peers(args: argparse.Namespace) -> dict[str, Any]:
     return old.get("peers", {}).get("figures", {}) | {name: ALL[name](args.device) for name in args.names or ALL}
 
 
-FEDERATED = ("stacking", "scale", "beside", "simulators", "sampled")
+FEDERATED = ("stacking", "scale", "beside", "simulators", "uneven", "sampled")
 
 
 def federated(args: argparse.Namespace) -> dict[str, Any]:

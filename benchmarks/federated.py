@@ -219,9 +219,9 @@ CLIENTS, SAMPLES, BATCH = 100, 500, 50
 HP = {"local_batch": BATCH, "lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4}
 
 
-def lenet(clients: int = CLIENTS) -> FederatedModule:
-    """The CNN that most of the papers train on CIFAR-10, in FedAvg's module."""
-    return module(LENET, 3, 32, clients, BATCH, **{k: v for k, v in HP.items() if k != "local_batch"})
+def lenet(clients: int = CLIENTS, size: int = BATCH) -> FederatedModule:
+    """The CNN that most of the papers train on CIFAR-10, in FedAvg's module, with local batches of a size."""
+    return module(LENET, 3, 32, clients, size, **{k: v for k, v in HP.items() if k != "local_batch"})
 
 
 def cifar(clients: int = CLIENTS, samples: int = SAMPLES) -> tuple[dict[str, Any], str]:
@@ -246,10 +246,10 @@ def some(every: dict[str, Any], chosen: list[int]) -> dict[str, Any]:
 class Rounds:
     """Rounds of ours and of the plain loop on the same clients, with the clock's and the process's seconds of each."""
 
-    def __init__(self, every: dict[str, Any], per_round: int):
+    def __init__(self, every: dict[str, Any], per_round: int, size: int = BATCH):
         self.every, self.per_round, self.number = every, per_round, 0
-        self.clients = len(every["size"])
-        self.model = lenet(self.clients)
+        self.clients, self.hp = len(every["size"]), {**HP, "local_batch": size}
+        self.model = lenet(self.clients, size)
         self.net = copy.deepcopy(self.model.model)
         self.times: dict[str, list[tuple[float, float]]] = {"ours": [], "plain": []}
 
@@ -258,7 +258,7 @@ class Rounds:
         batch = some(self.every, torch.randperm(self.clients, generator=draws)[: self.per_round].tolist())
         for who, run in (
             ("ours", lambda: self.model.training_step(copy.copy(batch), self.number)),
-            ("plain", lambda: plain_round(self.net, batch, HP)),
+            ("plain", lambda: plain_round(self.net, batch, self.hp)),
         ):
             start = time.perf_counter(), time.process_time()
             run()
@@ -295,6 +295,19 @@ def simulators(rounds: int = 10, per_round: int = 10) -> dict[str, Any]:
     for who in ("plain", *(["flower"] if flower else [])):
         for kind in ("wall", "cpu"):
             found[f"{who}_over_ours_{kind}"] = found[who][f"{kind}_ms"] / found["ours"][f"{kind}_ms"]
+    print(json.dumps(found), file=sys.stderr, flush=True)
+    return found
+
+
+def uneven(rounds: int = 40, per_round: int = 10) -> dict[str, Any]:
+    """Rounds of 10 of 100 clients of 100 pictures in batches of 32, of which the last has 4: ours and a plain loop."""
+    every, data = cifar(CLIENTS, 100)
+    both = Rounds(every, per_round, 32)
+    for _ in range(rounds + 1):
+        both()
+    found: dict[str, Any] = {"clients": CLIENTS, "per_round": per_round, "rounds": rounds, "data": data}
+    found |= {"threads": torch.get_num_threads()} | {who: medians(times) for who, times in both.times.items()}
+    found["plain_over_ours_cpu"] = found["plain"]["cpu_ms"] / found["ours"]["cpu_ms"]
     print(json.dumps(found), file=sys.stderr, flush=True)
     return found
 
