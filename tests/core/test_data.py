@@ -98,3 +98,11 @@ def test_what_reading_depends_on_is_remembered(tmp_path: Path) -> None:
     for hostile in ("root", "colour", "self"):
         with pytest.raises(ZooError, match=f"remembers '{hostile}' of its data, which Remembering does not know"):
             Remembering.recall({hostile: "/etc"})
+
+
+def test_a_name_without_a_root_is_not_ignored() -> None:
+    """Else who forgets the root trains on the embedded set, and takes it for the one that was named."""
+    data = LineDataModule()
+    data.save_hyperparameters({"name": "cora"})
+    with pytest.raises(ZooError, match="name='cora' chooses a set under root, and no root is given"):
+        data.setup()

@@ -77,6 +77,17 @@ def test_wrong_method_name_gives_the_nearest(Affine, fails):
     assert "Did you mean" not in fails("info", "Xyzzy9")
 
 
+def test_a_class_that_is_not_beside_the_method(Affine, fails):
+    line = fails("compare", "Affine:Afine", "--output", "o")
+    assert "Affine's file has no class 'Afine'. Did you mean 'Affine'?" in line
+
+
+def test_sizes_that_the_embedded_set_does_not_fit_name_the_small_variant(fails):
+    line = fails("fit", "GLLCM", *SMALL)
+    assert "multiple of 256" in line and "--data.root, or --variant tiny" in line
+    assert "--variant tiny" not in fails("fit", "GLLCM", *SMALL, "--model.lr", "-1")
+
+
 def test_wrong_name_on_import_gives_the_nearest():
     name = catalogue.names("vision")[0]
     with pytest.raises(ImportError, match=f"Did you mean '{name}'"):

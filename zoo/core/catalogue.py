@@ -134,10 +134,14 @@ def load_class(name: str) -> Any:
     """Import a method's class; ``Method:Other`` is a class beside it, in its file (an arm of a recipe).
 
     Raises:
-        ZooError: for an unknown name.
+        ZooError: for an unknown name, or where there is no such class in the method's file.
     """
-    found = entry(name)
-    return getattr(importlib.import_module(found.module), name.partition(":")[2] or found.facts["class"])
+    found, own = entry(name), name.partition(":")[2]
+    module = importlib.import_module(found.module)
+    if own and not isinstance(getattr(module, own, None), type):
+        there = [key for key, value in vars(module).items() if isinstance(value, type)]
+        raise ZooError(f"{found.facts['class']}'s file has no class {own!r}.{nearest(own, there)}")
+    return getattr(module, own or found.facts["class"])
 
 
 def load_datamodule(name: str) -> Any:

@@ -128,7 +128,15 @@ def train(verb: str, name: str, argv: list[str]) -> int:
             for key, value in sizes.items():
                 if key in chosen and chosen[key] not in (None, value, defaults.get(key)):
                     raise ZooError(f"--model.{key} is {chosen[key]}, but the data has {value}. Leave the option out.")
-            return cls(**{**chosen, **sizes})
+            try:
+                return cls(**{**chosen, **sizes})
+            except ValueError as error:
+                own = {k for k, v in chosen.items() if k not in defaults or v != defaults[k]}
+                if own or variant or self.datamodule.root is not None:
+                    raise
+                raise ZooError(
+                    f"{error} The paper's sizes need other data: give --data.root, or --variant tiny."
+                ) from error
 
     try:
         command = Command(

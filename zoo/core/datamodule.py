@@ -230,6 +230,11 @@ class ZooDataModule(lightning.LightningDataModule):
             return  # a user's own files need no dataset beside them
         if not self._sets.keys() - {"predict"}:
             if self.root is None:
+                if (name := getattr(self.hparams, "name", None)) is not None:
+                    raise ZooError(
+                        f"name={name!r} chooses a set under root, and no root is given. Give root, or leave name out "
+                        f"for the embedded set: {self.embedded}."
+                    )
                 log.info("%s: no root given, serving %s.", type(self).__name__, self.embedded)
             self._sets.update(self.build())
 

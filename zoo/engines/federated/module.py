@@ -221,7 +221,8 @@ class FederatedModule(ZooModule):
                 raise ValueError(f"{key} is {hp[key]}; it must not be negative{', and below 1' * (key == 'momentum')}.")
         if len(hp["mean"]) != len(hp["std"]) or len(hp["mean"]) not in (0, 1, hp["in_channels"]):
             raise ValueError(
-                f"mean={hp['mean']}, std={hp['std']}: one number for each of {hp['in_channels']} channels."
+                f"mean={hp['mean']}, std={hp['std']}: one number for each of {hp['in_channels']} channels, [] for "
+                "none. Data with channels=3 serve grey pictures as colour ones."
             )
         if hp["batch_norm"] not in ("aggregate", "personal"):
             raise ValueError(f"batch_norm is {hp['batch_norm']!r}; 'aggregate' or 'personal'.")

@@ -107,8 +107,10 @@ class FederatedClassificationDataModule(ZooDataModule):
             raise ValueError(f"long_tail is {long_tail}; the rarest class over the commonest, in (0, 1].")
         if clients is not None and clients < 1:
             raise ValueError(f"clients is {clients}; at least 1.")
-        if alpha <= 0 or rounds < 1 or min_size < 1 or not 0 <= val < 1:
-            raise ValueError(f"alpha={alpha}, rounds={rounds}, min_size={min_size}, val={val}: out of range.")
+        if alpha <= 0 or not 0 <= val < 1:
+            raise ValueError(f"alpha={alpha}, val={val}: alpha must be positive, val a share in [0, 1).")
+        if rounds < 1 or min_size < 1:
+            raise ValueError(f"rounds={rounds}, min_size={min_size}: both at least 1.")
         self.class_names: list[str] = []
         self.shape: list[int] = []
         self.sites: list[str] = []
