@@ -25,7 +25,8 @@ usage: zoo VERB ...
           [--data.OPTION V] [--model.OPTION V]
   demo NAME --ckpt_path FILE|DIR|REPO[@REVISION]   a page on this machine: drop a picture, slide from before to after
   reproduce NAME[@DATASET] [--root DIR] [--seeds N] [--json FILE] [--confirm]
-  compare NAME[,KEY=VALUE...] ... --output DIR [--seeds N] [--data.OPTION V] [--model.OPTION V] [--trainer.OPTION V]
+  compare [LABEL=]NAME[,KEY=VALUE...] ... --output DIR [--seeds N]
+          [--data.OPTION V] [--model.OPTION V] [--trainer.OPTION V]
   convert NAME AUTHORS_CHECKPOINT OUT_DIR          an authors' checkpoint to ours
   publish DIR --repo-id ORG/NAME [--private]       to the Hugging Face Hub, in one commit
   export NAME CHECKPOINT OUT --format onnx|torch_export
@@ -287,7 +288,10 @@ def _compare(argv: list[str]) -> None:
         "compare", "Train and test several methods on one set: a table, a CSV file and a plot.", name=False
     )
     parser.add_argument(
-        "methods", nargs="*", metavar="NAME[,KEY=VALUE...]", help="a method, with hyperparameters of its own"
+        "methods",
+        nargs="*",
+        metavar="[LABEL=]NAME[,KEY=VALUE...]",
+        help="a method, with hyperparameters of its own, under its own name or a label",
     )
     parser.add_argument("--family", help="all methods of a family")
     parser.add_argument(

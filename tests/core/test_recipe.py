@@ -143,13 +143,13 @@ def test_one_seed_confirms_evidence_after_a_change(
 
 def test_methods_side_by_side(method: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     method(0.1)
-    run = ["compare", "Line", "line,width=4", "--output", str(tmp_path), "--seeds", "2", "--accelerator", "cpu"]
+    run = ["compare", "Line", "narrow=line,width=4", "--output", str(tmp_path), "--seeds", "2", "--accelerator", "cpu"]
     options = ["--data.batch_size", "11", "--trainer.max_steps=5", "--model.width", "8"]
     assert main([*run, *options]) == 0
     out = capsys.readouterr().out
     with (tmp_path / "compare.csv").open() as handle:
         rows = list(csv.DictReader(handle))
-    assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for m in ("Line", "line,width=4") for s in "01"]
+    assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for m in ("Line", "narrow") for s in "01"]
     assert rows[0]["test/loss"] != rows[2]["test/loss"], "a method's own hyperparameters go before"
     assert out.splitlines()[-3].split()[:2] == ["method", "loss"] and "±" in out.splitlines()[-1]
     assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
@@ -163,6 +163,8 @@ def test_methods_side_by_side(method: Any, tmp_path: Path, capsys: pytest.Captur
     [
         (["Lin"], "No method 'Lin'. Did you mean 'Line'?"),
         (["Line,4"], "'4' is no key=value"),
+        (["Line", "Line"], "Two methods are called 'Line'"),
+        (["a=Lin,width=4"], "No method 'Lin'. Did you mean 'Line'?"),
         (["Line,wide=4"], "Line has no argument 'wide'. Did you mean 'width'?"),
         (["Line", "--data.batch", "4"], "LineDataModule has no argument 'batch'"),
         (["Line", "--model.depth", "4"], "No method here has a hyperparameter 'depth'"),

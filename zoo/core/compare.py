@@ -16,24 +16,26 @@ from zoo.core.files import atomic_write
 log = logging.getLogger(__name__)
 
 
-def parse(text: str) -> tuple[str, dict[str, Any]]:
-    """``"Method:Other,lr=0.1,net=cnn"``: the class, and hyperparameters of its own.
+def parse(text: str) -> tuple[str, str, dict[str, Any]]:
+    """``"Label=Method:Other,lr=0.1,net=cnn"``: its label, by default all of it, class, and hyperparameters of its own.
 
     Raises:
         ZooError: for an unknown method, or a part that is no ``key=value``.
     """
-    name, *parts = text.split(",")
+    first, *parts = text.split(",")
+    label, equals, name = first.partition("=")
+    label, name = (label, name) if equals else (text, first)
     entry, other = catalogue.entry(name).facts["class"], name.partition(":")[2]
     own: dict[str, Any] = {}
     for part in parts:
         key, equals, value = part.partition("=")
         if not equals or not key:
-            raise ZooError(f"{text!r}: {part!r} is no key=value. Write METHOD,key=value,...")
+            raise ZooError(f"{text!r}: {part!r} is no key=value. Write [LABEL=]METHOD,key=value,...")
         try:
             own[key] = json.loads(value)
         except ValueError:
             own[key] = value
-    return f"{entry}:{other}" if other else entry, own
+    return label, f"{entry}:{other}" if other else entry, own
 
 
 def compare(
@@ -50,7 +52,7 @@ def compare(
     """Train and test each method with each seed; an interrupted comparison goes on with what is left.
 
     Args:
-        methods: as `parse` takes them.
+        methods: as `parse` takes them, each with another label.
         data: arguments of the methods' DataModule, whose class must take them all.
         model: hyperparameters for all methods that have them; a method's own go before.
         trainer: arguments of the Trainer.
@@ -60,7 +62,12 @@ def compare(
     Raises:
         ZooError: for an unknown method or argument.
     """
-    plans = {text: _plan(text, data, model, trainer) for text in methods}
+    plans: dict[str, tuple[str, dict[str, Any]]] = {}
+    for text in methods:
+        label, name, own = parse(text)
+        if label in plans:
+            raise ZooError(f"Two methods are called {label!r}: give one a label of its own, LABEL=METHOD,key=value,...")
+        plans[label] = name, _plan(label, name, own, data, model, trainer)
     unused = [key for key in model if not any(key in plan["model"] for _, plan in plans.values())]
     if unused:
         raise ZooError(f"No method here has a hyperparameter {unused[0]!r}.")
@@ -81,9 +88,8 @@ def compare(
 
 
 def _plan(
-    text: str, data: dict[str, Any], model: dict[str, Any], trainer: dict[str, Any]
-) -> tuple[str, dict[str, Any]]:
-    name, own = parse(text)
+    text: str, name: str, own: dict[str, Any], data: dict[str, Any], model: dict[str, Any], trainer: dict[str, Any]
+) -> dict[str, Any]:
     cls, data_cls = catalogue.load_class(name), catalogue.load_datamodule(name)
     known = [*inspect.signature(cls).parameters, "variant"]
     for given, owner, options in ((own, cls, known), (data, data_cls, [*inspect.signature(data_cls).parameters])):
@@ -94,7 +100,7 @@ def _plan(
     if left:
         log.info("%s has no %s: left out.", text, ", ".join(left))
     shared = {key: value for key, value in model.items() if key in known}
-    return name, {"data": data, "model": {**shared, **own}, "trainer": {"logger": True, **trainer}, "evaluate": "last"}
+    return {"data": data, "model": {**shared, **own}, "trainer": {"logger": True, **trainer}, "evaluate": "last"}
 
 
 def _write(rows: list[dict[str, Any]], path: Path) -> None:
@@ -107,10 +113,13 @@ def _write(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Means over seeds, and standard deviations where there are several, for a terminal."""
-    keys = [key for key in dict.fromkeys(k for row in rows for k in row) if key not in ("method", "seed")]
+    """Means over seeds, and standard deviations where there are several, of what several methods have."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    owners = {key: {row["method"] for row in rows if key in row} for row in rows for key in row}
+    least = min(2, len(methods))
+    keys = [key for key, own in owners.items() if key not in ("method", "seed") and len(own) >= least]
     lines = [["method", *(key.removeprefix("test/") for key in keys)]]
-    for method in dict.fromkeys(row["method"] for row in rows):
+    for method in methods:
         cells = [method]
         for key in keys:
             have = [row[key] for row in rows if row["method"] == method and key in row]
@@ -124,7 +133,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _draw(plans: dict[str, tuple[str, dict[str, Any]]], seeds: int, output: Path) -> None:
-    """Over steps, and over megabytes sent where that was logged, every metric that one of the methods is chosen by."""
+    """Over steps, and over megabytes sent where that was logged, every metric that one of the methods is chosen by and
+    another has too: the mean over seeds, and from the least to the largest."""
     try:
         import matplotlib
     except ModuleNotFoundError:
@@ -140,6 +150,8 @@ def _draw(plans: dict[str, tuple[str, dict[str, Any]]], seeds: int, output: Path
             with file.open(newline="", encoding="utf-8") as handle:
                 curves[text, seed] = list(csv.DictReader(handle))
     metrics = list(dict.fromkeys(catalogue.load_class(name).monitor for name, _ in plans.values()))
+    having = {m: {text for (text, _), rows in curves.items() if any(row.get(m) for row in rows)} for m in metrics}
+    metrics = [metric for metric in metrics if len(having[metric]) >= min(2, len(plans))]
     sent = all(any(row.get("val/up_mb") for row in rows) for rows in curves.values())
     axes = ["step", "val/up_mb"] if sent else ["step"]
     sizes = (5.2 * len(axes) + 3, 3.6 * len(metrics))
@@ -147,11 +159,21 @@ def _draw(plans: dict[str, tuple[str, dict[str, Any]]], seeds: int, output: Path
     for metric, row_of in zip(metrics, places, strict=True):
         for place, axis in zip(row_of, axes, strict=True):
             for number, text in enumerate(plans):
-                for seed in range(seeds):
-                    rows = [row for row in curves[text, seed] if row.get(metric) and row.get(axis)]
-                    x, y = [float(row[axis]) for row in rows], [float(row[metric]) for row in rows]
-                    style = {"color": f"C{number % 10}", "ls": "-" if number < 10 else "--", "marker": ".", "lw": 1.2}
-                    place.plot(x, y, label=None if seed or not x else text, **style)
+                style = {"color": f"C{number % 10}", "ls": "-" if number < 10 else "--"}
+                runs = [
+                    [
+                        (float(row[axis]), float(row[metric]))
+                        for row in curves[text, seed]
+                        if row.get(metric) and row.get(axis)
+                    ]
+                    for seed in range(seeds)
+                ]
+                points = list(zip(*runs, strict=False))  # of all seeds at each validation
+                x = [statistics.fmean(x for x, _ in point) for point in points]
+                y = [[y for _, y in point] for point in points]
+                label = text if points else None
+                place.plot(x, [statistics.fmean(own) for own in y], marker=".", lw=1.2, label=label, **style)
+                place.fill_between(x, [*map(min, y)], [*map(max, y)], color=style["color"], alpha=0.08, lw=0)
             place.set_xlabel("megabytes sent to the server" if axis != "step" else "training step (a federated round)")
             place.set_ylabel(metric)
             place.grid(alpha=0.3)
