@@ -54,7 +54,7 @@ COLUMNS = {
     "test/worst_accuracy": "worst client",
     "test/up_mb": "MB up",
     "test/down_mb": "MB down",
-    "seconds": "seconds a round",
+    "seconds": "seconds a round, with its share of validation",
 }
 
 

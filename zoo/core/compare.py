@@ -174,6 +174,9 @@ def _draw(plans: dict[str, tuple[str, dict[str, Any]]], seeds: int, output: Path
                 label = text if points else None
                 place.plot(x, [statistics.fmean(own) for own in y], marker=".", lw=1.2, label=label, **style)
                 place.fill_between(x, [*map(min, y)], [*map(max, y)], color=style["color"], alpha=0.08, lw=0)
+            if axis != "step":  # some methods send ten times as much as others, some nothing
+                sizes_sent = [float(row[axis]) for rows in curves.values() for row in rows if row.get(axis)]
+                place.set_xscale("symlog", linthresh=min([size for size in sizes_sent if size > 0], default=1.0))
             place.set_xlabel("megabytes sent to the server" if axis != "step" else "training step (a federated round)")
             place.set_ylabel(metric)
             place.grid(alpha=0.3)
