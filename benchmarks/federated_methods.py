@@ -27,10 +27,10 @@ METHODS = [
     "FedNova=FedLoGe:FederatedModule,algorithm=fednova",
     "Ditto=FedLoGe:FederatedModule,algorithm=ditto",
     "local only=FedLoGe:FederatedModule,algorithm=local",
-    "FedLoGe=FedLoGe,etf_norm=1.0,etf_lr=0.001,etf_steps=1500",
+    "FedLoGe=FedLoGe,etf_norm=1.0,etf_lr=0.001,etf_steps=1500{grey}",
     "FedImpro=FedImpro,cut=layer2",
     "FedFed=FedFed,distill_rounds=4,width=16,latent=128,mosaic=32,randaugment=0",
-    "FedLD=FedLD,warm_up=0",
+    "FedLD=FedLD,warm_up=0{grey}",
     "DisPFL=DisPFL,rounds=30,peers={peers}",
     "SCooL=SCooL,local_steps=20",
     "AMY=AMY",
@@ -63,7 +63,8 @@ def run(name: str, seeds: int, work: Path) -> list[dict[str, Any]]:
     root = Path(os.environ.get("ZOO_DATA", "data")) / name
     if not root.is_dir():
         raise ZooError(f"{root} is missing: set $ZOO_DATA to a folder that holds {name}.")
-    methods = [text.format(peers=4 if name == "cifar10" else 1) for text in METHODS]
+    own = {"peers": 4, "grey": ""} if name == "cifar10" else {"peers": 1, "grey": ",mean=[],std=[]"}
+    methods = [text.format(**own) for text in METHODS]
     output, home = work / name, Path(__file__).parent
     options = {"data": {"root": str(root), **SETS[name]}, "model": MODEL, "trainer": {"max_epochs": EPOCHS}}
     rows = compare(methods, **options, output=output, seeds=seeds, accelerator="cpu")
