@@ -32,7 +32,7 @@ METHODS = [
     "FedFed=FedFed,distill_rounds=4,width=16,latent=128,mosaic=32,randaugment=0",
     "FedLD=FedLD,warm_up=0{grey}",
     "DisPFL=DisPFL,rounds=30,peers={peers}",
-    "SCooL=SCooL,local_steps=20",
+    "SCooL=SCooL,local_steps=20{grey}",
     "AMY=AMY",
     "FAL=FAL,attack_steps=4,attack_step=0.012",
 ]
