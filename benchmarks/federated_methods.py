@@ -31,7 +31,7 @@ METHODS = [
     "FedImpro=FedImpro,cut=layer2",
     "FedFed=FedFed,distill_rounds=4,width=16,latent=128,mosaic=32,randaugment=0",
     "FedLD=FedLD,warm_up=0{grey}",
-    "DisPFL=DisPFL,rounds=30,peers={peers}",
+    "DisPFL=DisPFL,rounds=30,peers={peers}{grey}",
     "SCooL=SCooL,local_steps=20{grey}",
     "AMY=AMY",
     "FAL=FAL,attack_steps=4,attack_step=0.012",
