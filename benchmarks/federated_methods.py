@@ -32,7 +32,7 @@ METHODS = [
     "FedFed=FedFed,distill_rounds=4,width=16,latent=128,mosaic=32,randaugment=0",
     "FedLD=FedLD,warm_up=0{grey}",
     "DisPFL=DisPFL,rounds=30,peers={peers}{grey}",
-    "SCooL=SCooL,local_steps=20,mask_fraction={kept}{grey}",
+    "SCooL=SCooL,local_steps=20{kept}{grey}",
     "AMY=AMY",
     "FAL=FAL,attack_steps=4,attack_step=0.012",
 ]
@@ -64,9 +64,9 @@ def run(name: str, seeds: int, work: Path) -> list[dict[str, Any]]:
     if not root.is_dir():
         raise ZooError(f"{root} is missing: set $ZOO_DATA to a folder that holds {name}.")
     own = (
-        {"peers": 4, "kept": 0.2, "grey": ""}
+        {"peers": 4, "kept": "", "grey": ""}
         if name == "cifar10"
-        else {"peers": 1, "kept": 0.5, "grey": ",mean=[],std=[]"}
+        else {"peers": 1, "kept": ",mask_fraction=0.5", "grey": ",mean=[],std=[]"}
     )
     methods = [text.format(**own) for text in METHODS]
     output, home = work / name, Path(__file__).parent
