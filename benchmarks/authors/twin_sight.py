@@ -425,5 +425,5 @@ def speed(checkout: Path | None, device: str = "cpu") -> dict[str, dict[str, flo
     found = {}
     with _authors(checkout) as code:
         found["round_small"] = in_turns(_sides(code, device, [128] * 10, True, None, 64), device)
-        found["round_paper"] = in_turns(_sides(code, device, [16] * 2, False, 1, 16), device, rounds=1)
+        found["round_paper"] = in_turns(_sides(code, device, [16] * 2, False, 1, 16), device, rounds=3)
     return found
