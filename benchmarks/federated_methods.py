@@ -8,7 +8,6 @@ conditions for all; those of each method's paper are in its recipes (``zoo repro
 """
 
 import argparse
-import csv
 import os
 import shutil
 import statistics
@@ -18,6 +17,7 @@ from typing import Any
 from zoo.core import ZooError, atomic_write
 from zoo.core.command import quiet
 from zoo.core.compare import compare
+from zoo.data.plain import write_csv
 
 METHODS = [
     "FedAvg=FedLoGe:FederatedModule",
@@ -74,14 +74,9 @@ def run(name: str, seeds: int, work: Path) -> list[dict[str, Any]]:
     options = {"data": {"root": str(root), **SETS[name]}, "model": MODEL, "trainer": {"max_epochs": EPOCHS}}
     rows = compare(methods, **options, output=output, seeds=seeds, accelerator="cpu")
     shutil.copy(output / "compare.png", home.parent / "docs" / f"federated_{name}.png")
-    keys = ["method", "seed", *(key for key in COLUMNS)]
-    with (
-        atomic_write(home / f"federated_{name}.csv") as part,
-        part.open("w", newline="", encoding="utf-8") as handle,
-    ):
-        writer = csv.DictWriter(handle, keys, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    keys = ["method", "seed", *COLUMNS]
+    cells = ([f"{row[k]:.6g}" if isinstance(row[k], float) else row[k] for k in keys] for row in rows)
+    write_csv(home / f"federated_{name}.csv", keys, cells)
     page = home.parent / "docs" / "federated.md"
     first, last = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
     before, _, rest = page.read_text(encoding="utf-8").partition(first)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from zoo.cli import main
-from zoo.core import ZooError, catalogue, recipe, results, tables
+from zoo.core import ZooError, catalogue, compare, recipe, results, tables
 from zoo.core.catalogue import Entry
 
 FACTS = """
@@ -178,6 +178,15 @@ def test_comparisons_that_cannot_be(
     method(0.1)
     assert main(["compare", *words, "--output", str(tmp_path)]) == 2
     assert error in capsys.readouterr().err
+
+
+def test_methods_without_a_common_metric_are_drawn_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare.catalogue, "load_class", lambda name: types.SimpleNamespace(monitor=f"val/{name}"))
+    for name in ("a", "b"):
+        (tmp_path / name / "0" / "run").mkdir(parents=True)
+        (tmp_path / name / "0" / "run" / "metrics.csv").write_text(f"step,val/{name}\n1,0.5\n2,0.7\n")
+    compare._draw({"a": ("a", {}), "b": ("b", {})}, 1, tmp_path)
+    assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def stage(folder: Path, seed: int) -> None:

@@ -151,9 +151,11 @@ def _draw(plans: dict[str, tuple[str, dict[str, Any]]], seeds: int, output: Path
                 curves[text, seed] = list(csv.DictReader(handle))
     metrics = list(dict.fromkeys(catalogue.load_class(name).monitor for name, _ in plans.values()))
     having = {m: {text for (text, _), rows in curves.items() if any(row.get(m) for row in rows)} for m in metrics}
-    metrics = [metric for metric in metrics if len(having[metric]) >= min(2, len(plans))]
+    metrics = [metric for metric in metrics if len(having[metric]) >= min(2, len(plans))] or metrics
     sent = all(any(row.get("val/up_mb") for row in rows) for rows in curves.values())
     axes = ["step", "val/up_mb"] if sent else ["step"]
+    megabytes = [float(row["val/up_mb"]) for rows in curves.values() for row in rows if row.get("val/up_mb")]
+    least = min([size for size in megabytes if size > 0], default=1.0)
     sizes = (5.2 * len(axes) + 3, 3.6 * len(metrics))
     figure, places = plt.subplots(len(metrics), len(axes), figsize=sizes, squeeze=False, layout="constrained")
     for metric, row_of in zip(metrics, places, strict=True):
@@ -175,8 +177,7 @@ def _draw(plans: dict[str, tuple[str, dict[str, Any]]], seeds: int, output: Path
                 place.plot(x, [statistics.fmean(own) for own in y], marker=".", lw=1.2, label=label, **style)
                 place.fill_between(x, [*map(min, y)], [*map(max, y)], color=style["color"], alpha=0.08, lw=0)
             if axis != "step":  # some methods send ten times as much as others, some nothing
-                sizes_sent = [float(row[axis]) for rows in curves.values() for row in rows if row.get(axis)]
-                place.set_xscale("symlog", linthresh=min([size for size in sizes_sent if size > 0], default=1.0))
+                place.set_xscale("symlog", linthresh=least)
             place.set_xlabel("megabytes sent to the server" if axis != "step" else "training step (a federated round)")
             place.set_ylabel(metric)
             place.grid(alpha=0.3)
