@@ -32,7 +32,7 @@ METHODS = [
     "FedFed=FedFed,distill_rounds=4,width=16,latent=128,mosaic=32,randaugment=0",
     "FedLD=FedLD,warm_up=0{grey}",
     "DisPFL=DisPFL,rounds=30,peers={peers}{grey}",
-    "SCooL=SCooL,local_steps=20{kept}{grey}",
+    "SCooL=SCooL,local_steps={steps}{kept}{grey}",
     "AMY=AMY",
     "FAL=FAL,attack_steps=4,attack_step=0.012",
 ]
@@ -65,9 +65,9 @@ def run(name: str, seeds: int, work: Path) -> list[dict[str, Any]]:
     if not root.is_dir():
         raise ZooError(f"{root} is missing: set $ZOO_DATA to a folder that holds {name}.")
     own = (
-        {"peers": 4, "kept": "", "grey": ""}
+        {"peers": 4, "kept": "", "grey": "", "steps": 13}  # two epochs of the mean client
         if name == "cifar10"
-        else {"peers": 1, "kept": ",mask_fraction=0.5", "grey": ",mean=[],std=[]"}
+        else {"peers": 1, "kept": ",mask_fraction=0.5", "grey": ",mean=[],std=[]", "steps": 126}
     )
     methods = [text.format(**own) for text in METHODS]
     output, home = work / name, Path(__file__).parent
