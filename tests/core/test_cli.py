@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from zoo import cli
@@ -97,14 +98,17 @@ def test_predict_goes_on_where_it_stopped_and_compares(
     assert code == 2 and "results need a folder of their own" in err
 
 
-def test_fine_tune_from_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_fine_tune_from_a_folder_and_from_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from zoo.vision import Regformer
 
     Regformer.from_variant("tiny").save_pretrained(tmp_path / "ckpt")
     options = ["--trainer.max_steps", 1, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
     options += ["--trainer.default_root_dir", tmp_path / "run", "--model.lr", "1e-4"]
-    code, _, err = run(capsys, "fit", "Regformer", "--from", tmp_path / "ckpt", *options)
-    assert code == 0, err
+    for start in (tmp_path / "ckpt", tmp_path / "run" / "checkpoints" / "last.ckpt"):  # of a repository's form; a run's
+        code, _, err = run(capsys, "fit", "Regformer", "--from", start, *options)
+        assert code == 0, err
+    made = torch.load(start, weights_only=True)["zoo"]["hyperparameters"]
+    assert made["lr"] == 1e-4
 
 
 def test_reproduce_returns_the_verdict(

@@ -99,7 +99,7 @@ def train(verb: str, name: str, argv: list[str]) -> int:
     class Command(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_argument("--ckpt_path", default=None, type=str | None, help="'last', or a checkpoint")
-            parser.add_argument("--from", default=None, type=str | None, help="folder or repository to fine-tune")
+            parser.add_argument("--from", default=None, type=str | None, help="folder, file or repository to fine-tune")
             parser.set_defaults({f"model.{k}": v for k, v in defaults.items()})
             parser.set_defaults({"trainer.default_root_dir": f"runs/{name}"})
             if facts.get("trainer"):
@@ -117,7 +117,7 @@ def train(verb: str, name: str, argv: list[str]) -> int:
         def build(self, chosen: dict[str, Any]) -> Any:
             if self.config["from"] and verb == "fit":
                 plain = {k: v for k, v in chosen.items() if k not in defaults or v != defaults[k]}
-                return cls.from_pretrained(self.config["from"], **plain)
+                return open_checkpoint(cls, self.config["from"], **plain)
             if verb != "fit":
                 if not self.config["ckpt_path"]:
                     raise ZooError(f"zoo {verb} needs --ckpt_path: a .ckpt file, a folder or a repository.")
