@@ -2,10 +2,9 @@
 
 n2_cost         time of N2's forward pass over the number of nodes (results/N2.json, written by `benchmarks speed N2`)
 restruct_acm    the meta-structure that hub/restruct-acm was trained along
-fd4mm           a clip that moves: as given, magnified by hub/fd4mm-small, and truly magnified; below, one row over time
 stigcn_clips    test clips of JHMDB with what hub/stigcn-jhmdb says of them (needs $ZOO_DATA/jhmdb)
 gallery         before, after, reference: what every checkpoint under hub/ that turns pictures into pictures makes of
-                photographs, as gallery.png beside its card
+                photographs, as gallery.png beside its card; of those that magnify motion, a clip
 """
 
 import os
@@ -58,36 +57,6 @@ def stigcn_clips(path: Path) -> None:
     draw(batch["skeleton"][sure], "jhmdb", path, title=title)
 
 
-def fd4mm(path: Path) -> None:
-    """A disc that swings by a third of a pixel, ten times as far by the network and in truth; as an animated PNG, also
-    beside the checkpoint's card."""
-    import torch
-    from PIL import Image
-
-    from zoo.vision.video.data_motion_magnification import vibration
-
-    factor, way, size, width = 10.0, 0.3, 160, 192
-    model = load(HUB / "fd4mm-small")
-    given, truth = (vibration(size=size, width=width, way=by) for by in (way, factor * way))
-    clips = [given, torch.stack(list(model.magnify(given, factor))), truth]
-    # the middle row, a frame below another, each three pixels high
-    rows = [clip[:, :, size // 2].permute(1, 0, 2).repeat_interleave(3, 1) for clip in clips]
-    gap = torch.ones(3, 1, 4)
-
-    def beside(parts: list[torch.Tensor]) -> torch.Tensor:
-        edge = gap.expand(-1, parts[0].shape[1], -1)
-        return torch.cat([parts[0], edge, parts[1], edge, parts[2]], -1)
-
-    below, line = beside(rows), torch.ones(3, 4, 3 * width + 8)
-    frames = []
-    for t in range(10):  # one period of three a second, at thirty frames a second
-        whole = torch.cat([beside([clip[t] for clip in clips]), line, below], 1)
-        pixels = (255 * whole).round().byte().permute(1, 2, 0).numpy()
-        frames.append(Image.fromarray(pixels).quantize(128, dither=Image.Dither.NONE))
-    for file in (path, HUB / "fd4mm-small" / "gallery.png"):
-        frames[0].save(file, save_all=True, append_images=frames[1:], duration=66, loop=0)
-
-
 def restruct_acm(path: Path) -> None:
     load(DOCS.parent / "hub" / "restruct-acm").draw(path)
 
@@ -115,20 +84,52 @@ def montage(folder: Path, path: Path) -> None:
     write_picture(torch.cat([piece for line in lines for piece in (gap, line)][1:], 1), path)
 
 
+def magnified_clip(folder: Path, path: Path) -> None:
+    """A disc that swings by a third of a pixel, as given, ten times as far by the checkpoint, and in truth, above one
+    of their rows over time; as an animated PNG."""
+    import torch
+    from PIL import Image
+
+    from zoo.vision.video.data_motion_magnification import vibration
+
+    factor, way, size, width = 10.0, 0.3, 160, 192
+    model = load(folder)
+    given, truth = (vibration(size=size, width=width, way=by) for by in (way, factor * way))
+    clips = [given, torch.stack(list(model.magnify(given, factor))), truth]
+    # the middle row, a frame below another, each three pixels high
+    rows = [clip[:, :, size // 2].permute(1, 0, 2).repeat_interleave(3, 1) for clip in clips]
+    gap = torch.ones(3, 1, 4)
+
+    def beside(parts: list[torch.Tensor]) -> torch.Tensor:
+        edge = gap.expand(-1, parts[0].shape[1], -1)
+        return torch.cat([parts[0], edge, parts[1], edge, parts[2]], -1)
+
+    below, line = beside(rows), torch.ones(3, 4, 3 * width + 8)
+    frames = []
+    for t in range(10):  # one period of three a second, at thirty frames a second
+        whole = torch.cat([beside([clip[t] for clip in clips]), line, below], 1)
+        pixels = (255 * whole).round().byte().permute(1, 2, 0).numpy()
+        frames.append(Image.fromarray(pixels).quantize(128, dither=Image.Dither.NONE))
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=66, loop=0)
+
+
 def gallery(path: Path) -> None:
     """Into the folders of the checkpoints, not to ``path``."""
     for name in catalogue.names():
-        if not hasattr(catalogue.load_datamodule(name), "given"):
+        if hasattr(catalogue.load_class(name), "magnify"):
+            draw = magnified_clip
+        elif hasattr(catalogue.load_datamodule(name), "given"):
+            draw = montage
+        else:
             continue
         for point in catalogue.facts(name).get("checkpoints", []):
             if point["status"] == "local":
-                montage(HUB / point["path"], HUB / point["path"] / "gallery.png")
+                draw(HUB / point["path"], HUB / point["path"] / "gallery.png")
                 print(HUB / point["path"] / "gallery.png")
 
 
 ALL = {
     "n2_cost": n2_cost,
-    "fd4mm": fd4mm,
     "restruct_acm": restruct_acm,
     "stigcn_clips": stigcn_clips,
     "gallery": gallery,
