@@ -178,7 +178,7 @@ def _draw(plans: dict[str, tuple[str, dict[str, Any]]], seeds: int, output: Path
                 place.fill_between(x, [*map(min, y)], [*map(max, y)], color=style["color"], alpha=0.08, lw=0)
             if axis != "step":  # some methods send ten times as much as others, some nothing
                 place.set_xscale("symlog", linthresh=least)
-            place.set_xlabel("megabytes sent to the server" if axis != "step" else "training step (a federated round)")
+            place.set_xlabel("megabytes that clients sent" if axis != "step" else "training step (a federated round)")
             place.set_ylabel(metric)
             place.grid(alpha=0.3)
     handles = {line.get_label(): line for place in places[:, 0] for line in place.get_lines()}
