@@ -130,7 +130,8 @@ def test_a_folder_has_no_revisions(Affine, tmp_path):
 def test_no_such_repository(Affine, hub):
     refused(lambda: Affine.from_pretrained("acme/none"), "No repository acme/none")
     refused(lambda: Affine.from_pretrained("not-a-repository"), "neither a folder nor a repository")
-    refused(lambda: Affine.from_pretrained("../../etc/passwd"), "neither a folder nor a repository")
+    refused(lambda: Affine.from_pretrained("../../no/where"), "neither a folder nor a repository")
+    refused(lambda: Affine.from_pretrained("/etc/passwd"), "cannot be read as tensors only")
     hub.commit("acme/empty", {})
     refused(lambda: Affine.from_pretrained("acme/empty"), r"config\.json|model\.safetensors")
 

@@ -278,6 +278,27 @@ def test_another_number_of_classes_starts_a_new_head_and_nothing_else(Affine, hu
     assert same(Affine.from_pretrained("acme/tuned"), tuned)
 
 
+def test_the_file_of_a_run_loads_like_a_checkpoint(Affine, tmp_path):
+    from zoo_dummy.affine import AffineDataModule
+
+    from zoo.core import Trainer, load
+
+    trainer = Trainer(max_steps=2, default_root_dir=tmp_path, accelerator="cpu", enable_progress_bar=False)
+    trainer.fit(model := Affine(), datamodule=AffineDataModule())
+    file = tmp_path / "checkpoints" / "last.ckpt"
+    again = Affine.from_pretrained(file)
+    assert same(again, model) and not again.training and again.data_memory == model.data_memory
+    assert same(load(file), model)
+    tuned = Affine.from_pretrained(file, num_classes=7)
+    assert tuned.classifier.weight.shape == (7, 8) and same(tuned.layers, model.layers)
+    with pytest.raises(ZooError, match="do not fit this model"):
+        Affine.from_pretrained(file, width=16)
+    with pytest.raises(ZooError, match="does not exist"):
+        Affine.from_pretrained(tmp_path / "first.ckpt")
+    folder = again.save_pretrained(tmp_path / "folder")
+    assert same(Affine.from_pretrained(folder / "model.safetensors"), model)
+
+
 def test_an_override_that_changes_no_shape_keeps_the_head(Affine, hub):
     model = randomised(Affine())
     model.push_to_hub(REPO)

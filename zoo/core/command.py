@@ -13,6 +13,7 @@ import torch
 from zoo.core import catalogue, hub
 from zoo.core.errors import ZooError, first_line, nearest
 from zoo.core.files import atomic_write
+from zoo.core.hub import load_tensors
 
 log = logging.getLogger(__name__)
 
@@ -33,50 +34,6 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*GPU available but not used.*")
     warnings.filterwarnings("ignore", ".*`LightningModule.configure_optimizers` returned `None`.*")
-
-
-def open_checkpoint(cls: Any, where: str | Path, **overrides: Any) -> Any:
-    """A method from a ``.ckpt`` file, a folder or a repository, in eval mode.
-
-    Raises:
-        ZooError: if it is missing, damaged, or of another method.
-    """
-    path = Path(where).expanduser()
-    if not path.is_file():
-        if path.suffix in (".ckpt", ".safetensors"):
-            raise ZooError(f"Checkpoint {where} does not exist.")
-        return cls.from_pretrained(where, **overrides)
-    if path.name in (hub.WEIGHTS, hub.CONFIG):
-        return cls.from_pretrained(path.parent, **overrides)
-    content = load_tensors(path)
-    if "zoo" not in content:
-        raise ZooError(f"{path} was not written by the zoo. `zoo convert` takes authors' checkpoints.")
-    if content["zoo"]["class"] != cls.__name__:
-        raise ZooError(f"{path} holds {content['zoo']['class']}, not {cls.__name__}.")
-    model = cls(**{**hub.trusted(cls, content["zoo"]["hyperparameters"]), **overrides})
-    model.load_state_dict(content["state_dict"])
-    model.data_memory = content["zoo"].get("data", {})
-    return model.eval()
-
-
-def load_tensors(path: Path) -> dict[str, Any]:
-    """A checkpoint file's content, from safetensors, TensorFlow's (its ``.index``) or torch's format without running
-    any code in it."""
-    if path.suffix == ".index":
-        from zoo.core.tensor_bundle import read_bundle
-
-        return read_bundle(path)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch would advise to load with code
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ZooError(f"{path} cannot be read as tensors only: {text[:200]}") from error
 
 
 # ---- fit, validate, test -----------------------------------------------------------------------------------------
@@ -117,11 +74,11 @@ def train(verb: str, name: str, argv: list[str]) -> int:
         def build(self, chosen: dict[str, Any]) -> Any:
             if self.config["from"] and verb == "fit":
                 plain = {k: v for k, v in chosen.items() if k not in defaults or v != defaults[k]}
-                return open_checkpoint(cls, self.config["from"], **plain)
+                return cls.from_pretrained(self.config["from"], **plain)
             if verb != "fit":
                 if not self.config["ckpt_path"]:
                     raise ZooError(f"zoo {verb} needs --ckpt_path: a .ckpt file, a folder or a repository.")
-                return open_checkpoint(cls, self.config["ckpt_path"])
+                return cls.from_pretrained(self.config["ckpt_path"])
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
             sizes = {k: v for k, v in self.datamodule.describe().items() if k in signature}
@@ -216,7 +173,7 @@ def predict(
     from tqdm import tqdm
 
     quiet()
-    model = open_checkpoint(catalogue.load_class(name), checkpoint, **model_options)
+    model = catalogue.load_class(name).from_pretrained(checkpoint, **model_options)
     data = data_for(name, model, data_options).from_files(source)
     before = data.aim(Path(target), compare, overwrite)
     left = len(data.dataset("predict"))
@@ -276,7 +233,7 @@ def demo(
         model = cls.from_variant(variant, **model_options).eval()
         about = f"Untrained weights of the variant {variant}: the page works, the pictures do not get better."
     else:
-        model, about = open_checkpoint(cls, checkpoint, **model_options), f"Checkpoint: {checkpoint}"
+        model, about = cls.from_pretrained(checkpoint, **model_options), f"Checkpoint: {checkpoint}"
     data = data_for(name, model, data_options)
     page = data.demo(model.to(pick_device(device)), name, f"{facts['summary']} {about}")
     page.launch(host, port, browser)
@@ -376,7 +333,7 @@ def export(name: str, checkpoint: str, out: Path, form: str) -> Path:
     flag = facts["capabilities"].get("onnx" if form == "onnx" else "export", True)
     if flag is not True:
         raise ZooError(f"{name} cannot be exported to {form}: {flag}")
-    model = open_checkpoint(catalogue.load_class(name), checkpoint)
+    model = catalogue.load_class(name).from_pretrained(checkpoint)
     inputs = model.example_inputs()
     with atomic_write(out) as part:
         if form == "onnx":

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -100,6 +101,8 @@ def snapshot(
         ZooError: if there is no such folder or repository, no safetensors in it, or a file differs from its checksum.
     """
     folder = Path(name).expanduser()
+    if folder.name in (WEIGHTS, CONFIG) and folder.is_file():
+        folder = folder.parent
     if folder.is_dir():
         if revision:
             raise ZooError(f"{name} is a folder here and has no revision {revision!r}. Leave `revision` out.")
@@ -253,12 +256,67 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load(name: str | Path, **options: Any) -> Any:
-    """Load a checkpoint of any method; its config says which. Options as in `ZooModule.from_pretrained`."""
+    """Load a checkpoint of any method; it says which. Options as in `ZooModule.from_pretrained`."""
     from zoo.core import catalogue
 
+    file = run_file(name)
+    if file is not None:
+        return catalogue.load_class(_run(file)["zoo"]["class"]).from_pretrained(file, **options)
     keys = ("revision", "token", "cache_dir", "force_download", "local_files_only")
     folder = snapshot(name, **{key: options.pop(key) for key in keys if key in options})
     return read(catalogue.load_class(read_config(folder)["class"]), folder, options)
+
+
+def run_file(name: str | Path) -> Path | None:
+    """The file of a run that a name stands for; None where it stands for a folder, a file in one, or a repository.
+
+    Raises:
+        ZooError: if there is no such file.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return None if path.name in (WEIGHTS, CONFIG) else path
+    if path.suffix in (".ckpt", ".safetensors"):
+        raise ZooError(f"Checkpoint {name} does not exist.")
+    return None
+
+
+def read_run(cls: type[M], path: Path, overrides: dict[str, Any]) -> M:
+    """Build ``cls`` from the file that a run of the Trainer left, and load its weights, strictly.
+
+    Raises:
+        ZooError: if it holds more than tensors, another method, or weights that do not fit.
+    """
+    content = _run(path)
+    if content["zoo"]["class"] != cls.__name__:
+        raise ZooError(f"{path} holds {content['zoo']['class']}, not {cls.__name__}.")
+    model = cls(**{**trusted(cls, content["zoo"]["hyperparameters"]), **overrides})
+    head = cls.head if overrides else ()  # type: ignore[attr-defined]
+    return _filled(model, f"{cls.__name__} from {path}", content["state_dict"], head, content["zoo"].get("data", {}))
+
+
+def _run(path: Path) -> dict[str, Any]:
+    content = load_tensors(path)
+    if "zoo" not in content:
+        raise ZooError(f"{path} was not written by the zoo. `zoo convert` takes authors' checkpoints.")
+    return content
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """A checkpoint file's content, from safetensors, TensorFlow's (its ``.index``) or torch's format without running
+    any code in it."""
+    if path.suffix == ".index":
+        from zoo.core.tensor_bundle import read_bundle
+
+        return read_bundle(path)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch would advise to load with code
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ZooError(f"{path} cannot be read as tensors only: {first_line(error)[:200]}") from error
 
 
 def read(cls: type[M], folder: Path, overrides: dict[str, Any]) -> M:
@@ -310,18 +368,26 @@ def read(cls: type[M], folder: Path, overrides: dict[str, Any]) -> M:
             raise ZooError(f"{folder / CONFIG} asks for {tables / 2**30:.0f} GiB beside the weights. Is it damaged?")
         with contextlib.nullcontext() if fresh else _Undrawn():
             model = _construct(cls, values, folder)
+    return _filled(model, name, load_file(weights), head, config.get("data", {}))
+
+
+def _filled(model: Any, name: str, state: dict[str, torch.Tensor], head: tuple[str, ...], data: dict[str, Any]) -> Any:
+    """Load ``state`` strictly, less a ``head`` that other hyperparameters have changed, and turn to eval mode.
+
+    Raises:
+        ZooError: naming missing, unexpected and misshapen keys.
+    """
+    from zoo.core.module import refuse_difference
+
     own = model.state_dict()
     absent = own.keys() - model.saved_state_dict().keys()
-    fresh = refuse_difference(name, own, shapes, absent, head)
-    state = load_file(weights)
-    if fresh:
+    if refuse_difference(name, own, state, absent, head):
         # the whole head, also what would fit: half an old classifier is none
         state = {key: value for key, value in state.items() if not key.startswith(head)}
-        log.info(
-            "%s: initialised anew for your task: %s.", cls.__name__, ", ".join(k for k in own if k.startswith(head))
-        )
+        new = ", ".join(key for key in own if key.startswith(head))
+        log.info("%s: initialised anew for your task: %s.", type(model).__name__, new)
     nn.Module.load_state_dict(model, {**own, **state}, strict=True)
-    model.data_memory = config.get("data", {})
+    model.data_memory = data
     return model.eval()
 
 

@@ -134,10 +134,10 @@ class ZooModule(lightning.LightningModule, PyTorchModelHubMixin, library_name="p
         local_files_only: bool = False,
         **overrides: Any,
     ) -> Self:
-        """Load a checkpoint from a folder or the Hub, strictly, in eval mode.
+        """Load a checkpoint from a folder, the file of a run or the Hub, strictly, in eval mode.
 
         Args:
-            pretrained_model_name_or_path: folder, ``ORG/NAME`` or ``ORG/NAME@REVISION``.
+            pretrained_model_name_or_path: folder, ``.ckpt`` file, ``ORG/NAME`` or ``ORG/NAME@REVISION``.
             revision: commit, tag or branch; beats the one after ``@``.
             overrides: hyperparameters to change. Where they change the shape of parameters, these must be the
                 method's ``head``, which is then initialised anew; any other difference is refused.
@@ -151,6 +151,9 @@ class ZooModule(lightning.LightningModule, PyTorchModelHubMixin, library_name="p
         """
         from zoo.core import hub
 
+        file = hub.run_file(pretrained_model_name_or_path)
+        if file is not None:
+            return hub.read_run(cls, file, overrides)
         folder = hub.snapshot(
             pretrained_model_name_or_path,
             revision=revision,

@@ -577,7 +577,7 @@ class GLLCM(ZooModule):
     Args:
         stage: "diffusion" trains the noise estimator (the autoencoder stays as it is) and predicts; "autoencoder"
             trains the autoencoder against a critic.
-        autoencoder: folder or repository of a checkpoint of the first stage, whose autoencoder ``fit`` starts from.
+        autoencoder: folder, ``.ckpt`` file or repository of the first stage, whose autoencoder ``fit`` starts from.
         size: side in pixels of the square that pictures are worked on at; a multiple of all halvings. Pictures of
             another size are resized, and what was taken away is resized back, so that detail stays.
         ae_widths, ae_hidden, ae_layers: of the autoencoder: channels a level, inside residual units, units a level.

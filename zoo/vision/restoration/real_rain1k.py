@@ -88,8 +88,8 @@ class RealRain1k(Restorer):
         lr: AdamW's learning rate, when shared; a cosine takes it to ``lr_min``.
         lr_min: learning rate at the end.
         weight_decay: AdamW's.
-        start: folder of a saved RealRain1k of the same method (or of the method itself) whose weights training starts
-            from: the last track's second half. Checkpoints do not keep it.
+        start: folder, ``.ckpt`` file or repository of a RealRain1k of the same method (or of the method itself) whose
+            weights training starts from: the last track's second half. Checkpoints do not keep it.
     Raises:
         ZooError: if the method is unknown or none for deraining.
         ValueError: if an argument is out of range.
