@@ -90,6 +90,7 @@ def magnified_clip(folder: Path, path: Path) -> None:
     import torch
     from PIL import Image
 
+    from zoo.vision.restoration.photos import side_by_side
     from zoo.vision.video.data_motion_magnification import vibration
 
     factor, way, size, width = 10.0, 0.3, 160, 192
@@ -98,16 +99,11 @@ def magnified_clip(folder: Path, path: Path) -> None:
     clips = [given, torch.stack(list(model.magnify(given, factor))), truth]
     # the middle row, a frame below another, each three pixels high
     rows = [clip[:, :, size // 2].permute(1, 0, 2).repeat_interleave(3, 1) for clip in clips]
-    gap = torch.ones(3, 1, 4)
-
-    def beside(parts: list[torch.Tensor]) -> torch.Tensor:
-        edge = gap.expand(-1, parts[0].shape[1], -1)
-        return torch.cat([parts[0], edge, parts[1], edge, parts[2]], -1)
-
-    below, line = beside(rows), torch.ones(3, 4, 3 * width + 8)
+    below = side_by_side(rows)
+    line = torch.ones(3, 4, below.shape[-1])
     frames = []
     for t in range(10):  # one period of three a second, at thirty frames a second
-        whole = torch.cat([beside([clip[t] for clip in clips]), line, below], 1)
+        whole = torch.cat([side_by_side(clip[t] for clip in clips), line, below], 1)
         pixels = (255 * whole).round().byte().permute(1, 2, 0).numpy()
         frames.append(Image.fromarray(pixels).quantize(128, dither=Image.Dither.NONE))
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=66, loop=0)

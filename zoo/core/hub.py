@@ -259,11 +259,13 @@ def load(name: str | Path, **options: Any) -> Any:
     """Load a checkpoint of any method; it says which. Options as in `ZooModule.from_pretrained`."""
     from zoo.core import catalogue
 
+    keys = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+    of_hub = {key: options.pop(key) for key in keys if key in options}
     file = run_file(name)
     if file is not None:
-        return catalogue.load_class(_run(file)["zoo"]["class"]).from_pretrained(file, **options)
-    keys = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-    folder = snapshot(name, **{key: options.pop(key) for key in keys if key in options})
+        content = _run(file)
+        return _of_run(catalogue.load_class(content["zoo"]["class"]), file, content, options)
+    folder = snapshot(name, **of_hub)
     return read(catalogue.load_class(read_config(folder)["class"]), folder, options)
 
 
@@ -287,7 +289,10 @@ def read_run(cls: type[M], path: Path, overrides: dict[str, Any]) -> M:
     Raises:
         ZooError: if it holds more than tensors, another method, or weights that do not fit.
     """
-    content = _run(path)
+    return _of_run(cls, path, _run(path), overrides)
+
+
+def _of_run(cls: type[M], path: Path, content: dict[str, Any], overrides: dict[str, Any]) -> M:
     if content["zoo"]["class"] != cls.__name__:
         raise ZooError(f"{path} holds {content['zoo']['class']}, not {cls.__name__}.")
     model = cls(**{**trusted(cls, content["zoo"]["hyperparameters"]), **overrides})
@@ -353,7 +358,6 @@ def read(cls: type[M], folder: Path, overrides: dict[str, Any]) -> M:
     if relocate is not None:
         values = relocate(folder, values)
     name = f"{cls.__name__} from {folder}"
-    fresh: list[str] = []
     if isinstance(values.get("backbone"), str):
         # how large the backbone is, only its own repository knows: what is beside it must fit this machine
         with _at_most(50_000, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
