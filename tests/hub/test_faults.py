@@ -122,9 +122,32 @@ def test_hub_out_of_reach(Affine, hub, no_pause):
     refused(lambda: Affine.from_pretrained("acme/other"))
 
 
-def test_a_folder_has_no_revisions(Affine, tmp_path):
+def test_a_folder_and_a_file_have_no_revisions(Affine, tmp_path):
     folder = Affine().save_pretrained(tmp_path / "out")
     refused(lambda: Affine.from_pretrained(folder, revision="v1"), "has no revision 'v1'")
+    torch.save({}, tmp_path / "run.ckpt")
+    for load in (Affine.from_pretrained, zoo.core.load):
+        refused(lambda load=load: load(tmp_path / "run.ckpt", revision="v1"), "is a file here and has no revision 'v1'")
+
+
+def test_what_the_caller_changed_is_named_beside_the_config(tmp_path):
+    """A wrong override is not laid to the checkpoint's own config alone."""
+    from zoo.vision import Regformer
+
+    folder = Regformer.from_variant("tiny").save_pretrained(tmp_path / "out")
+    message = refused(lambda: Regformer.from_pretrained(folder, width=13), "with your width does not build Regformer")
+    assert "width 13 must be even" in message
+
+
+def test_a_file_that_is_no_checkpoint_says_why(Affine, tmp_path):
+    (tmp_path / "text.ckpt").write_text("not a checkpoint\n")
+    refused(lambda: Affine.from_pretrained(tmp_path / "text.ckpt"), "neither in torch's format nor in safetensors'")
+    torch.save({"zoo": torch.zeros(9)}, tmp_path / "cut.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "cut.ckpt").read_bytes()[:200])
+    refused(lambda: Affine.from_pretrained(tmp_path / "cut.ckpt"), "it is damaged")
+    torch.save({"zoo": Path}, tmp_path / "code.ckpt")
+    message = refused(lambda: Affine.from_pretrained(tmp_path / "code.ckpt"), r"asks for pathlib.*could run code")
+    assert "weights_only" not in message  # no advice to run it
 
 
 def test_no_such_repository(Affine, hub):

@@ -261,7 +261,7 @@ def load(name: str | Path, **options: Any) -> Any:
 
     keys = ("revision", "token", "cache_dir", "force_download", "local_files_only")
     of_hub = {key: options.pop(key) for key in keys if key in options}
-    file = run_file(name)
+    file = run_file(name, of_hub.get("revision"))
     if file is not None:
         content = _run(file)
         return _of_run(catalogue.load_class(content["zoo"]["class"]), file, content, options)
@@ -269,16 +269,18 @@ def load(name: str | Path, **options: Any) -> Any:
     return read(catalogue.load_class(read_config(folder)["class"]), folder, options)
 
 
-def run_file(name: str | Path) -> Path | None:
+def run_file(name: str | Path, revision: str | None = None) -> Path | None:
     """The file of a run that a name stands for; None where it stands for a folder, a file in one, or a repository.
 
     Raises:
-        ZooError: if there is no such file.
+        ZooError: if there is no such file, or a ``revision`` of one is asked for.
     """
     path = Path(name).expanduser()
-    if path.is_file():
-        return None if path.name in (WEIGHTS, CONFIG) else path
-    if path.suffix in (".ckpt", ".safetensors"):
+    if path.is_file() and path.name not in (WEIGHTS, CONFIG):
+        if revision:
+            raise ZooError(f"{name} is a file here and has no revision {revision!r}. Leave `revision` out.")
+        return path
+    if path.suffix in (".ckpt", ".safetensors") and not path.is_file():
         raise ZooError(f"Checkpoint {name} does not exist.")
     return None
 
@@ -295,7 +297,7 @@ def read_run(cls: type[M], path: Path, overrides: dict[str, Any]) -> M:
 def _of_run(cls: type[M], path: Path, content: dict[str, Any], overrides: dict[str, Any]) -> M:
     if content["zoo"]["class"] != cls.__name__:
         raise ZooError(f"{path} holds {content['zoo']['class']}, not {cls.__name__}.")
-    model = cls(**{**trusted(cls, content["zoo"]["hyperparameters"]), **overrides})
+    model = _construct(cls, {**trusted(cls, content["zoo"]["hyperparameters"]), **overrides}, path, overrides)
     head = cls.head if overrides else ()  # type: ignore[attr-defined]
     return _filled(model, f"{cls.__name__} from {path}", content["state_dict"], head, content["zoo"].get("data", {}))
 
@@ -321,7 +323,19 @@ def load_tensors(path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # torch would advise to load with code
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ZooError(f"{path} cannot be read as tensors only: {first_line(error)[:200]}") from error
+        raise ZooError(f"{path} cannot be read as tensors only: {_unread(path, error)}.") from error
+
+
+def _unread(path: Path, error: Exception) -> str:
+    """Why a file did not load, without torch's advice to run the code in it."""
+    unknown = re.search(r"GLOBAL (\S+)", str(error))
+    if unknown:
+        return f"it asks for {unknown[1]}, which could run code"
+    if path.suffix == ".safetensors" or isinstance(error, OSError):
+        return first_line(error)[:200].rstrip(".")
+    with open(path, "rb") as file:
+        torch_wrote = file.read(4).startswith((b"PK\3\4", b"\x80"))
+    return "it is damaged" if torch_wrote else "it is neither in torch's format nor in safetensors'"
 
 
 def read(cls: type[M], folder: Path, overrides: dict[str, Any]) -> M:
@@ -361,17 +375,17 @@ def read(cls: type[M], folder: Path, overrides: dict[str, Any]) -> M:
     if isinstance(values.get("backbone"), str):
         # how large the backbone is, only its own repository knows: what is beside it must fit this machine
         with _at_most(50_000, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
-            model = _construct(cls, values, folder)
+            model = _construct(cls, values, folder / CONFIG, overrides)
     else:
         with _at_most(4 * len(shapes) + 64), torch.device("meta"), _Undrawn():
-            plan = _construct(cls, values, folder)
+            plan = _construct(cls, values, folder / CONFIG, overrides)
         kept = plan.state_dict()
         fresh = refuse_difference(name, kept, shapes, head=head)
         tables = sum(b.nbytes for key, b in plan.named_buffers() if key not in kept)
         if tables > 2**30 + 64 * weights.stat().st_size:
             raise ZooError(f"{folder / CONFIG} asks for {tables / 2**30:.0f} GiB beside the weights. Is it damaged?")
         with contextlib.nullcontext() if fresh else _Undrawn():
-            model = _construct(cls, values, folder)
+            model = _construct(cls, values, folder / CONFIG, overrides)
     return _filled(model, name, load_file(weights), head, config.get("data", {}))
 
 
@@ -421,14 +435,14 @@ class _Shape:
         self.shape = tuple(shape)
 
 
-def _construct(cls: Any, values: dict[str, Any], folder: Path) -> Any:
+def _construct(cls: Any, values: dict[str, Any], source: Path, overrides: dict[str, Any]) -> Any:
     try:
         return cls(**values)
     except ZooError:
         raise
     except Exception as error:  # whatever a hostile config provokes, the user reads one line
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ZooError(f"{folder / CONFIG} does not build {cls.__name__}: {text}") from error
+        given = f" with your {', '.join(overrides)}" if overrides else ""
+        raise ZooError(f"{source}{given} does not build {cls.__name__}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager

@@ -151,7 +151,7 @@ class ZooModule(lightning.LightningModule, PyTorchModelHubMixin, library_name="p
         """
         from zoo.core import hub
 
-        file = hub.run_file(pretrained_model_name_or_path)
+        file = hub.run_file(pretrained_model_name_or_path, revision)
         if file is not None:
             return hub.read_run(cls, file, overrides)
         folder = hub.snapshot(
