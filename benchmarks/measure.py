@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -30,6 +31,22 @@ def in_turns(runs: Mapping[str, Callable[[], Any]], device: str = "cpu", rounds:
     """Median milliseconds and peak MiB of each call: ``{"ours_ms": ..., "ours_mib": ..., "authors_ms": ...}``."""
     times = timed(runs, device, rounds)
     return times | {f"{who}_mib": peak(run, device) for who, run in runs.items()}
+
+
+def without(run: Callable[[], Any], changes: Mapping[str, tuple[Any, str, Any]]) -> dict[str, Callable[[], Any]]:
+    """A call with one change taken back each time, for `in_turns`, whose rows then say what each change gains.
+
+    ``changes``: by name an object, its attribute, and the plain form that ours replaced.
+    """
+
+    def back(change: tuple[Any, str, Any]) -> Callable[[], None]:
+        def call() -> None:
+            with mock.patch.object(*change):
+                run()
+
+        return call
+
+    return {f"without_{name}": back(change) for name, change in changes.items()}
 
 
 def timed(runs: Mapping[str, Callable[[], Any]], device: str = "cpu", rounds: int = 3) -> dict[str, float]:

@@ -17,10 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.authors import regformer
 from benchmarks.authors.regformer import _rearrange
-from benchmarks.measure import error, in_turns, peak
+from benchmarks.measure import error, in_turns, peak, without
+from zoo.vision.restoration import blind_diff
 from zoo.vision.restoration.blind_diff import BlindDiff, _fixed, rename
 from zoo.vision.restoration.degradations import blur, degrade, gaussian_kernels, resize_bicubic
 
@@ -258,6 +261,38 @@ def golden(checkout: Path) -> dict[str, Tensor]:
 # ---- speed ----------------------------------------------------------------------------------------------------------
 
 
+def _linear(y: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """The modulated y is formed."""
+    return F.linear(y * (1 + scale[:, None, None]) + shift[:, None, None], weight)
+
+
+def _depthwise(x: Tensor, weight: Tensor) -> Tensor:
+    """On pictures that lie channel by channel, as the authors' do."""
+    return regformer.plain_conv(x, weight, groups=len(weight))
+
+
+def _attention(self: blind_diff.Attention, x: Tensor, y: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    modulated = blind_diff.modulated_linear(y, self.qkv.weight, shift, scale)
+    qkv = blind_diff.depthwise(modulated, self.qkv_conv.weight)
+    return regformer.plain_attention(self, x, *qkv.flatten(1, 2).chunk(3, -1))
+
+
+def _gate(self: blind_diff.Gate, x: Tensor, y: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Both halves at once, and everything kept for the gradient."""
+    u = blind_diff.modulated_linear(y, self.expand.weight, shift, scale)
+    u1, u2 = blind_diff.depthwise(u, self.conv.weight).chunk(2, -1)
+    return x + self.project(F.gelu(u1) * u2)
+
+
+CHANGES = {
+    "channels_last": (blind_diff, "depthwise", _depthwise),
+    "folded_attention": (blind_diff.Attention, "forward", _attention),
+    "folded_modulation": (blind_diff, "modulated_linear", _linear),
+    "lean_gate": (blind_diff.Gate, "forward", _gate),
+}
+"""What makes ours fast, each with the plain form that it replaced."""
+
+
 def calls(who: str, net: nn.Module, code: Any, device: str, size: int) -> dict[str, Callable[[], Any]]:
     """A network pass, a training step and a sampler step on one picture of size x size."""
     generator = torch.Generator().manual_seed(0)
@@ -297,7 +332,7 @@ def speed(
 
     The patch is that of the paper's training; on a GPU all are of the size. What keeps activations runs in a process of
     its own for each network, as the authors' takes several GiB: the second of two calls, and the process's peak over
-    what it held before, Adam's moments and gradients included.
+    what it held before, Adam's moments and gradients included. Beside them ours with each of `CHANGES` taken back.
     """
     patch = patch if device == "cpu" else size
     nets: dict[str, Any] = {"ours": BlindDiff()} if checkout is None else {}
@@ -307,23 +342,24 @@ def speed(
     figures: dict[str, dict[str, float]] = {}
     for what in ("train_step", "sampler_step"):
         figures[what] = row = {}
-        for who in nets:
+        for who in [*nets, *without(lambda: None, CHANGES)]:
             call = [sys.executable, "-m", "benchmarks.authors.blind_diff", str(checkout), who, what, str(patch), device]
             # large tensors go back to the system at once: without, what glibc keeps of them would count as well
             env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
             done = subprocess.run(call, capture_output=True, text=True, check=True, env=env)
             row |= {f"{who}_{key}": value for key, value in json.loads(done.stdout.splitlines()[-1]).items()}
     runs = {who: calls(who, net.to(device), code, device, size)["forward"] for who, net in nets.items()}
-    figures["forward"] = in_turns(runs, device, rounds)
+    figures["forward"] = in_turns({**runs, **without(runs["ours"], CHANGES)}, device, rounds)
     return figures
 
 
 def alone(checkout: str, who: str, what: str, size: int, device: str) -> dict[str, float]:
     """Two calls in this process: milliseconds of the second, peak MiB over what was held before."""
     ours, theirs, code = (BlindDiff(), None, None) if checkout == "None" else pair(Path(checkout), PAPER)
-    net = ours if who == "ours" else theirs
+    net = theirs if who == "authors" else ours
     assert net is not None
-    run = calls(who, net.to(device), code, device, size)[what]
+    run = calls("authors" if who == "authors" else "ours", net.to(device), code, device, size)[what]
+    run = {who: run, **without(run, CHANGES)}[who]
     if device != "cpu":
         run()
         return {"mib": peak(run, device), "ms": in_turns({"net": run}, device)["net_ms"]}

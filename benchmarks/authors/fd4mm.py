@@ -9,28 +9,18 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measure import error, float64, in_turns
+from benchmarks.authors.regformer import _rearrange, plain_attention
+from benchmarks.measure import error, float64, in_turns, without
 from zoo.nn.vgg import VGG
+from zoo.vision.video import fd4mm
 from zoo.vision.video.fd4mm import FD4MM, rename
 
 RELU3_1 = (2, 2, 1), (64, 128, 256)  # VGG19 up to there
 PAPER = {"widths": [24, 48, 96], "heads": [4, 4, 8]}
 TINY = {"widths": [4, 8, 16], "heads": [2, 2, 8]}  # their manipulator has eight heads whatever the rest has
-
-
-def _rearrange(x: Tensor, pattern: str, **sizes: int) -> Tensor:
-    """The patterns that the authors' file asks of einops, by the same reshape and permute that einops makes."""
-    if pattern == "b c h w -> b (h w) c":
-        return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, x.shape[1])
-    if pattern == "b (h w) c -> b c h w":
-        return x.reshape(x.shape[0], sizes["h"], sizes["w"], -1).permute(0, 3, 1, 2)
-    if pattern == "b (head c) h w -> b head c (h w)":
-        return x.reshape(x.shape[0], sizes["head"], x.shape[1] // sizes["head"], -1)
-    if pattern == "b head c (h w) -> b (head c) h w":
-        return x.reshape(x.shape[0], -1, sizes["h"], sizes["w"])
-    raise NotImplementedError(pattern)
 
 
 @contextlib.contextmanager
@@ -180,12 +170,50 @@ def golden(checkout: Path) -> dict[str, Tensor]:
     }
 
 
+def _attention(self: fd4mm.SparseAttention, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return plain_attention(self, x, *(t.flatten(1, 2) for t in (q, k, v)), act=F.relu)
+
+
+def _far(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return fd4mm.depthwise(x, weight, bias, dilation=2)
+
+
+def _split(self: fd4mm.Split, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both halves from one product and one convolution."""
+    u1, u2 = fd4mm.depthwise(self.expand(x), self.conv.weight, self.conv.bias).chunk(2, -1)
+    lo = fd4mm.far(u1, self.far.weight, self.far.bias)
+    return F.gelu(fd4mm.depthwise(u2, self.near.weight, self.near.bias) - lo), F.gelu(lo)
+
+
+def _low(self: fd4mm.FD4MMNet, picture: Tensor) -> Tensor:
+    """The reference through the whole pyramid, whose detail nobody looks at."""
+    return self.encode(picture).low
+
+
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
+    """On pictures that lie channel by channel, as the authors' do."""
+    x = x.permute(0, 3, 1, 2).contiguous()
+    y = F.conv2d(x, weight, bias, padding=dilation, dilation=dilation, groups=len(weight))
+    return y.permute(0, 2, 3, 1).contiguous()
+
+
+CHANGES = {
+    "channels_last": (fd4mm, "depthwise", _depthwise),
+    "folded_attention": (fd4mm.SparseAttention, "forward", _attention),
+    "split_by_halves": (fd4mm.Split, "forward", _split),
+    "lean_reference": (fd4mm.FD4MMNet, "low", _low),
+}
+"""What makes ours fast, each with the plain form that it replaced."""
+IN_TRAINING = {"sorted_dilation": (fd4mm, "far", _far), "recomputing": (fd4mm, "checkpoint", lambda f, x, **_: f(x))}
+"""What does so in a training step alone."""
+
+
 def speed(checkout: Path | None, device: str = "cpu", size: int = 256, rounds: int = 3) -> dict[str, dict[str, float]]:
     """Median ms and peak MiB at size x size and the paper's widths, VGG19's sizes in the loss.
 
     ``forward``: one pair. ``clip_frame``: a further frame of a clip with its first frame as reference (theirs encodes
     the reference each time). ``train_step``: forward, loss, backward and Adam on one pair. ``vgg``: of that step, the
-    part that is VGG19's in the loss.
+    part that is VGG19's in the loss. Beside them ours with each of `CHANGES` taken back, and `IN_TRAINING` for a step.
     """
     torch.manual_seed(0)
     vgg = VGG(*RELU3_1, normalise=False)
@@ -221,9 +249,9 @@ def speed(checkout: Path | None, device: str = "cpu", size: int = 256, rounds: i
         ((found - wanted).abs().mean() / (found - unwanted).abs().mean().clamp_min(1)).backward()
 
     calls: dict[str, dict[str, Callable[[], None]]] = {
-        "forward": {"ours": infer},
+        "forward": {"ours": infer, **without(infer, CHANGES)},
         "clip_frame": {"ours": frame},
-        "train_step": {"ours": step},
+        "train_step": {"ours": step, **without(step, CHANGES | IN_TRAINING)},
     }
     if theirs is not None and their_loss is not None:
         theirs.to(device)

@@ -611,6 +611,11 @@ def speed(
         with torch.no_grad():
             ours(x, condition, t.expand(2))
 
+    def apart() -> None:
+        with torch.no_grad():
+            for i in range(2):
+                ours(x[i : i + 1], condition[i : i + 1], t)
+
     def their_step() -> None:
         with torch.no_grad():
             for i in range(2):
@@ -622,7 +627,7 @@ def speed(
         calls = {"ours": own, **more}
         return in_turns(calls if other is None else {**calls, "authors": other}, device, rounds)
 
-    figures["sampler_step"] = turns(own_step, None if theirs is None else their_step)
+    figures["sampler_step"] = turns(own_step, None if theirs is None else their_step, without_one_pass=apart)
 
     def own_decode() -> None:
         with torch.no_grad():
