@@ -278,13 +278,12 @@ def checkpoint(args: argparse.Namespace) -> dict[str, Any]:
         done = folder / "checkpoints"
     figures = {k: v for k, v in metrics.items() if k.startswith("test/")}
     last = done / f"{plan.get('evaluate', 'best')}.ckpt"
-    from zoo.core.command import open_checkpoint
-
     cls = catalogue.load_class(name)
     # files that training began with are this machine's, and what they held is in the weights
     known = inspect.signature(cls).parameters
     own = [k for k, v in plan.get("model", {}).items() if "{prepare}" in str(v) and k != "backbone"]
-    model = open_checkpoint(cls, last if last.is_file() else done / "last.ckpt", **{k: known[k].default for k in own})
+    kept = last if last.is_file() else done / "last.ckpt"
+    model = cls.from_pretrained(kept, **{k: known[k].default for k in own})
     place = catalogue.ROOT.parent / "hub" / args.path
     part = place.with_name(f".{args.path}")
     shutil.rmtree(part, ignore_errors=True)
