@@ -19,6 +19,8 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 HUB = DOCS.parent / "hub"
 SHOWN: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {"regformer-small": ({"patch": 144}, (17, 21))}
 """Of a checkpoint: options of its data, for larger cut-outs than those it is measured on, and which of them to show."""
+MIN_WIDTH = 400
+"""Galleries of smaller pictures are enlarged, pixel by pixel, to at least so many."""
 
 
 def n2_cost(path: Path) -> None:
@@ -73,15 +75,18 @@ def montage(folder: Path, path: Path) -> None:
     data = catalogue.load_datamodule(type(model).__name__)(**options)
     pictures = data.dataset("test")
     batch = data.collate([pictures[row] for row in rows])
+    wanted = (model.wanted,) if hasattr(model, "wanted") else data.outputs
     lines = []
     with tempfile.TemporaryDirectory() as place:
         data.write([model.predict_step(batch, 0)], Path(place))
         for i, name in enumerate(batch["name"]):
             results = [read_picture(file) for file in data.targets(name, Path(place))]
-            best = [batch[model.wanted][i]] if getattr(model, "wanted", None) in batch else []
+            best = [batch[key][i] for key in wanted if key in batch]
             lines.append(side_by_side([batch[data.given][i], *results, *best]))
     gap = torch.ones(3, 4, lines[0].shape[-1])
-    write_picture(torch.cat([piece for line in lines for piece in (gap, line)][1:], 1), path)
+    whole = torch.cat([piece for line in lines for piece in (gap, line)][1:], 1)
+    times = -(-MIN_WIDTH // whole.shape[-1])
+    write_picture(whole.repeat_interleave(times, 1).repeat_interleave(times, 2), path)
 
 
 def magnified_clip(folder: Path, path: Path) -> None:
