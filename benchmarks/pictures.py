@@ -68,6 +68,7 @@ def montage(folder: Path, path: Path) -> None:
     with scikit-image and scikit-learn, may be shown, and no method trains on them."""
     import torch
 
+    from zoo.vision.restoration.linear_light import display
     from zoo.vision.restoration.photos import read_picture, side_by_side, write_picture
 
     model = load(folder)
@@ -75,14 +76,24 @@ def montage(folder: Path, path: Path) -> None:
     data = catalogue.load_datamodule(type(model).__name__)(**options)
     pictures = data.dataset("test")
     batch = data.collate([pictures[row] for row in rows])
-    wanted = (model.wanted,) if hasattr(model, "wanted") else data.outputs
+    given = batch[data.given]
+    if hasattr(data, "curve"):  # linear light
+        given = [display(picture, data.curve) for picture in given]
+
+    def written(values: dict[str, Any], i: int) -> list[torch.Tensor]:
+        """What ``zoo predict`` would leave of the i-th picture."""
+        with tempfile.TemporaryDirectory() as place:
+            data.write([values], Path(place))
+            return [read_picture(file) for file in data.targets(values["name"][i], Path(place))]
+
     lines = []
-    with tempfile.TemporaryDirectory() as place:
-        data.write([model.predict_step(batch, 0)], Path(place))
-        for i, name in enumerate(batch["name"]):
-            results = [read_picture(file) for file in data.targets(name, Path(place))]
-            best = [batch[key][i] for key in wanted if key in batch]
-            lines.append(side_by_side([batch[data.given][i], *results, *best]))
+    made = model.predict_step(batch, 0)
+    for i in range(len(rows)):
+        if hasattr(model, "wanted"):
+            best = [batch[model.wanted][i]] if model.wanted in batch else []
+        else:
+            best = written(batch, i) if all(key in batch for key in data.outputs) else []
+        lines.append(side_by_side([given[i], *written(made, i), *best]))
     gap = torch.ones(3, 4, lines[0].shape[-1])
     whole = torch.cat([piece for line in lines for piece in (gap, line)][1:], 1)
     times = -(-MIN_WIDTH // whole.shape[-1])
