@@ -53,7 +53,9 @@ def test_figures_are_those_of_the_card(name: str, point: dict[str, Any], tmp_pat
     folder = HUB / point["path"]
     model = load(folder)
     data_cls = catalogue.load_datamodule(plan.get("datamodule") or name)
-    data = data_cls(**{"seed": point.get("seed", 0), **plan.get("data", {})})
+    # what a recipe first makes for its own training is not what the card's figures are of
+    options = {key: value for key, value in plan.get("data", {}).items() if "{prepare}" not in str(value)}
+    data = data_cls(**{"seed": point.get("seed", 0), **options})
     trainer = Trainer(
         tmp_path, seed=point.get("seed", 0), accelerator="cpu", logger=False, enable_progress_bar=False, devices=1
     )
