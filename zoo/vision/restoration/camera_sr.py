@@ -50,6 +50,12 @@ def luma(rgb: Tensor) -> Tensor:
 # ---- VDSR ---------------------------------------------------------------------------------------------------------
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """The same values with a pixel's channels side by side: a CPU's convolutions of many channels take half the time,
+    and what follows keeps the order."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 class VDSR(nn.Module):
     """Twenty 3x3 convolutions with ReLUs that predict what is missing: (b, 1, h, w) -> (b, 1, h, w), any size.
 
@@ -72,7 +78,8 @@ class VDSR(nn.Module):
 
     def residual(self, y: Tensor) -> Tensor:
         """f(y)."""
-        for conv in self.convs[:-1]:
+        y = channels_last(F.relu(self.convs[0](y), inplace=True))
+        for conv in self.convs[1:-1]:
             y = F.relu(conv(y), inplace=True)
         return self.convs[-1](y)
 
@@ -142,7 +149,7 @@ class Generator(nn.Module):
         self.reach = 4 + 2 * blocks + 2 + -(-4 // scale)  # input pixels that an output pixel looks to each side
 
     def forward(self, small: Tensor) -> Tensor:
-        x = skip = self.first_act(self.first(small))
+        x = skip = self.first_act(self.first(channels_last(small)))
         for block in self.blocks:
             x = block(x)
         x = self.middle_norm(self.middle(x)) + skip
