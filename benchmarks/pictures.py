@@ -18,7 +18,7 @@ from zoo.core import catalogue, load, results
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 HUB = DOCS.parent / "hub"
 SHOWN: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = dict.fromkeys(
-    ("regformer-small", "realrain1k-small"), ({"patch": 144}, (17, 21))
+    ("regformer-small", "realrain1k-small", "blinddiff-x2"), ({"patch": 144}, (17, 21))
 )
 """Of a checkpoint: options of its data, for larger cut-outs than those it is measured on, and which of them to show."""
 MIN_WIDTH = 400
