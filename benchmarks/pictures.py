@@ -82,20 +82,15 @@ def montage(folder: Path, path: Path) -> None:
     if hasattr(data, "curve"):  # linear light
         given = [display(picture, data.curve) for picture in given]
 
-    def written(values: dict[str, Any], i: int) -> list[torch.Tensor]:
-        """What ``zoo predict`` would leave of the i-th picture."""
+    def written(values: dict[str, Any]) -> list[list[torch.Tensor]]:
+        """What ``zoo predict`` would leave of each picture."""
         with tempfile.TemporaryDirectory() as place:
             data.write([values], Path(place))
-            return [read_picture(file) for file in data.targets(values["name"][i], Path(place))]
+            return [[read_picture(file) for file in data.targets(name, Path(place))] for name in values["name"]]
 
-    lines = []
-    made = model.predict_step(batch, 0)
-    for i in range(len(rows)):
-        if hasattr(model, "wanted"):
-            best = [batch[model.wanted][i]] if model.wanted in batch else []
-        else:
-            best = written(batch, i) if all(key in batch for key in data.outputs) else []
-        lines.append(side_by_side([given[i], *written(made, i), *best]))
+    made = written(model.predict_step(batch, 0))
+    best = [[picture] for picture in batch[model.wanted]] if hasattr(model, "wanted") else written(batch)
+    lines = [side_by_side([given[i], *made[i], *best[i]]) for i in range(len(rows))]
     gap = torch.ones(3, 4, lines[0].shape[-1])
     whole = torch.cat([piece for line in lines for piece in (gap, line)][1:], 1)
     times = -(-MIN_WIDTH // whole.shape[-1])
