@@ -356,10 +356,11 @@ def speed(
 def alone(checkout: str, who: str, what: str, size: int, device: str) -> dict[str, float]:
     """Two calls in this process: milliseconds of the second, peak MiB over what was held before."""
     ours, theirs, code = (BlindDiff(), None, None) if checkout == "None" else pair(Path(checkout), PAPER)
-    net = theirs if who == "authors" else ours
+    side = "ours" if who.startswith("without_") else who
+    net = ours if side == "ours" else theirs
     assert net is not None
-    run = calls("authors" if who == "authors" else "ours", net.to(device), code, device, size)[what]
-    run = {who: run, **without(run, CHANGES)}[who]
+    run = calls(side, net.to(device), code, device, size)[what]
+    run = {side: run, **without(run, CHANGES)}[who]
     if device != "cpu":
         run()
         return {"mib": peak(run, device), "ms": in_turns({"net": run}, device)["net_ms"]}

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.authors.regformer import _rearrange, plain_attention
+from benchmarks.authors.regformer import _rearrange, plain_attention, plain_conv
 from benchmarks.measure import error, float64, in_turns, without
 from zoo.nn.vgg import VGG
 from zoo.vision.video import fd4mm
@@ -192,9 +192,7 @@ def _low(self: fd4mm.FD4MMNet, picture: Tensor) -> Tensor:
 
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
     """On pictures that lie channel by channel, as the authors' do."""
-    x = x.permute(0, 3, 1, 2).contiguous()
-    y = F.conv2d(x, weight, bias, padding=dilation, dilation=dilation, groups=len(weight))
-    return y.permute(0, 2, 3, 1).contiguous()
+    return plain_conv(x, weight, len(weight), bias, dilation)
 
 
 CHANGES = {

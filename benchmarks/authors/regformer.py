@@ -122,10 +122,11 @@ def golden(checkout: Path) -> dict[str, Tensor]:
 # ---- speed ----------------------------------------------------------------------------------------------------------
 
 
-def plain_conv(x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
+def plain_conv(x: Tensor, weight: Tensor, groups: int = 1, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
     """A convolution on pictures that lie channel by channel, as the authors' do."""
-    x = x.permute(0, 3, 1, 2).contiguous()
-    return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=groups).permute(0, 2, 3, 1).contiguous()
+    x, padding = x.permute(0, 3, 1, 2).contiguous(), dilation * (weight.shape[-1] // 2)
+    y = F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=groups)
+    return y.permute(0, 2, 3, 1).contiguous()
 
 
 def plain_attention(self: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor, act: Any = None) -> Tensor:

@@ -276,13 +276,15 @@ def run_file(name: str | Path, revision: str | None = None) -> Path | None:
         ZooError: if there is no such file, or a ``revision`` of one is asked for.
     """
     path = Path(name).expanduser()
-    if path.is_file() and path.name not in (WEIGHTS, CONFIG):
-        if revision:
-            raise ZooError(f"{name} is a file here and has no revision {revision!r}. Leave `revision` out.")
-        return path
-    if path.suffix in (".ckpt", ".safetensors") and not path.is_file():
-        raise ZooError(f"Checkpoint {name} does not exist.")
-    return None
+    if not path.is_file():
+        if path.suffix in (".ckpt", ".safetensors"):
+            raise ZooError(f"Checkpoint {name} does not exist.")
+        return None
+    if path.name in (WEIGHTS, CONFIG):
+        return None
+    if revision:
+        raise ZooError(f"{name} is a file here and has no revision {revision!r}. Leave `revision` out.")
+    return path
 
 
 def read_run(cls: type[M], path: Path, overrides: dict[str, Any]) -> M:
