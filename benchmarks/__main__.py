@@ -30,6 +30,7 @@ from typing import Any
 
 from zoo.core import catalogue, results
 from zoo.core.errors import ZooError
+from zoo.core.memory import hold_memory
 
 
 def cpu_seconds(code: list[str], runs: int = 7) -> float:
@@ -323,6 +324,7 @@ def main() -> None:
             sub.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    hold_memory()
     figures = args.call(args)
     if figures is not None:
         print(json.dumps(figures, indent=1))

@@ -50,20 +50,20 @@ def without(run: Callable[[], Any], changes: Mapping[str, tuple[Any, str, Any]])
 
 
 def timed(runs: Mapping[str, Callable[[], Any]], device: str = "cpu", rounds: int = 3) -> dict[str, float]:
-    """Median milliseconds of each call, after one to warm up: ``{"ours_ms": ..., "authors_ms": ...}``.
+    """Median milliseconds of each call, after two to warm up: ``{"ours_ms": ..., "authors_ms": ...}``.
 
     The calls take turns, so that a change of the machine's load falls on all. On the CPU with one thread it is the
     process's own time, which others' load does not enter.
     """
     clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {who: [] for who in runs}
-    for turn in range(rounds + 1):
+    for turn in range(rounds + 2):
         for who, run in runs.items():
             start = clock()
             run()
             if device != "cpu":
                 torch.cuda.synchronize()
-            if turn:
+            if turn > 1:
                 times[who].append(1e3 * (clock() - start))
     return {f"{who}_ms": statistics.median(values) for who, values in times.items()}
 

@@ -13,6 +13,7 @@ from zoo.core.catalogue import published
 from zoo.core.errors import ZooError, nearest
 
 TRAINING = ("fit", "validate", "test")
+WORKING = (*TRAINING, "predict", "demo", "reproduce", "compare")
 HELP = """\
 usage: zoo VERB ...
 
@@ -49,6 +50,10 @@ def main(argv: list[str] | None = None) -> int:
         print(__version__)
         return 0
     verb, rest = args[0], args[1:]
+    if verb in WORKING:
+        from zoo.core.memory import hold_memory
+
+        hold_memory()
     try:
         if verb in TRAINING:
             return _train(verb, rest)

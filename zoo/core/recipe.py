@@ -17,6 +17,7 @@ from typing import Any
 from zoo.core import catalogue, results
 from zoo.core.errors import ZooError, nearest
 from zoo.core.files import atomic_write
+from zoo.core.memory import hold_memory
 
 log = logging.getLogger(__name__)
 
@@ -199,7 +200,7 @@ def _each(jobs: int, call: Callable[..., Any], tasks: list[tuple[Any, ...]]) -> 
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
-    with ProcessPoolExecutor(min(jobs, len(tasks)), get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(jobs, len(tasks)), get_context("spawn"), hold_memory) as pool:
         futures = [pool.submit(call, *task) for task in tasks]
         return [future.result() for future in futures]
 

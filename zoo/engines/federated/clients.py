@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 Function = Callable[[nn.Module, Any], Any]
-"""What one client computes: (its network, its local batch) -> tensors. It never sees the others."""
+"""What one client computes: (its network, its local batch) -> a tensor or a dict of them. It never sees the others."""
 Correct = Callable[["Clients", dict[str, Tensor]], dict[str, Tensor]]
 """Changes the clients' gradients, each (s, ...), before a step."""
 
@@ -45,15 +45,14 @@ class Clients:
             raise ValueError(f"{self.count} clients cannot train unstacked at once; give one.")
         parameters = dict(model.named_parameters())
         trained = {name for name, p in parameters.items() if p.requires_grad}
-        self._tied = len(parameters) < sum(1 for _ in model.named_parameters(remove_duplicate=False))
+        self._tied = stacked and len(parameters) < sum(1 for _ in model.named_parameters(remove_duplicate=False))
         self.start = {name: value for name, value in (start or state).items() if name in trained}
         if start is None:
             self.start = {name: value.clone() for name, value in self.start.items()}
         self.corrections: list[Correct] = []
         self._make = optimizer
-        self._leaves: dict[str, Tensor] = {}
-        self._optimizer: torch.optim.Optimizer | None = None
-        self.narrow(self.count)
+        self._begin()
+        self._places = [] if stacked else self._slots({**parameters, **dict(model.named_buffers())})
 
     @property
     def now(self) -> dict[str, Tensor]:
@@ -62,22 +61,36 @@ class Clients:
 
     def narrow(self, count: int) -> None:
         """Go on with the first ``count`` clients: the others have done their steps."""
+        if count == self.count:
+            return
         self.count = count
         before, old = self._leaves, self._optimizer
-        self._leaves = {name: self._row(self.state[name]).detach().requires_grad_() for name in self.start}
-        self._optimizer = self._make(list(self._leaves.values()))
-        for name, leaf in self._leaves.items() if old is not None else ():
-            kept = old.state.get(before[name], {})  # type: ignore[union-attr]
-            self._optimizer.state[leaf] = {  # type: ignore[index]
-                key: v[: len(leaf)] if isinstance(v, Tensor) and v.shape == before[name].shape and self.stacked else v
+        self._begin()
+        for name, leaf in self._leaves.items():
+            kept = old.state.get(before[name], {})
+            self._optimizer.state[leaf] = {
+                key: v[: len(leaf)] if isinstance(v, Tensor) and v.shape == before[name].shape else v
                 for key, v in kept.items()
             }
+
+    def _begin(self) -> None:
+        self._leaves = {name: self._row(self.state[name]).detach().requires_grad_() for name in self.start}
+        self._optimizer = self._make(list(self._leaves.values()))
+
+    def _slots(self, named: Mapping[str, Tensor]) -> list[tuple[dict[str, Any], str, Tensor]]:
+        """Where in the network a lone client's tensors go: `functional_call` would look for the places every time."""
+        own = {id(value): self._leaves.get(n, self.state[n][0]) for n, value in named.items() if n in self.state}
+        places = [place for module in self.model.modules() for place in (module._parameters, module._buffers)]
+        return [(place, key, own[id(v)]) for place in places for key, v in place.items() if id(v) in own]
 
     def _row(self, value: Tensor) -> Tensor:
         return value[: self.count] if self.stacked else value[0]
 
     def call(self, function: Function, batch: Mapping[str, Tensor]) -> Any:
         """What each client's ``function`` gives on its own batch, (s, ...); with gradients to the clients' weights."""
+        if not self.stacked:
+            found = self._alone(function, {key: value[0] for key, value in batch.items()})
+            return {key: value[None] for key, value in found.items()} if isinstance(found, dict) else found[None]
         network = Bound(self.model, function)
         fixed = {name: self._row(value) for name, value in self.state.items() if name not in self._leaves}
 
@@ -85,10 +98,18 @@ class Clients:
             weights = {f"network.{name}": value for name, value in (*leaves.items(), *rest.items())}
             return functional_call(network, weights, (rows,), tie_weights=self._tied)  # looking for ties takes a while
 
-        if self.stacked:
-            return vmap(one, randomness="different")(self._leaves, fixed, dict(batch))
-        found = one(self._leaves, fixed, {key: value[0] for key, value in batch.items()})
-        return torch.utils._pytree.tree_map(lambda value: value[None], found)
+        return vmap(one, randomness="different")(self._leaves, fixed, dict(batch))
+
+    def _alone(self, function: Function, rows: dict[str, Tensor]) -> Any:
+        """What ``function`` gives while the network has the only client's tensors."""
+        was: list[tuple[dict[str, Any], str, Any]] = [(place, key, place[key]) for place, key, _ in self._places]
+        try:
+            for place, key, value in self._places:
+                place[key] = value
+            return function(self.model, rows)
+        finally:
+            for place, key, whole in was:
+                place[key] = whole
 
     def gradients(
         self, loss: Function, batch: Mapping[str, Tensor], only: str | tuple[str, ...] = ""
@@ -117,8 +138,8 @@ class Clients:
         for name, leaf in self._leaves.items():
             grad = own.get(name)
             leaf.grad = grad if grad is None or self.stacked else grad[0]
-        assert self._optimizer is not None
         self._optimizer.step()
+        self._optimizer.zero_grad()  # else these gradients would lie beside the next
         return found
 
 

@@ -419,7 +419,8 @@ class FederatedModule(ZooModule):
         size = len(ids)
         shared = {n.removeprefix("model."): v for n, v in down.items() if n.startswith("model.")}
         state = {n: v.expand(size, *v.shape) for n, v in shared.items()}
-        own, personal = self.states.read(ids, "personal.", self.device), set(self.personal_names)
+        own = self.states.read(ids, "personal.", self.device)
+        personal = set(self.personal_names) if own else set()
         return state | {n: v for n, v in own.items() if n in personal}
 
     # ---- pieces -------------------------------------------------------------------------------------------------
@@ -619,7 +620,7 @@ class FederatedModule(ZooModule):
 
 def pixels(image: Tensor) -> Tensor:
     """Pictures as float in [0, 1]; bytes are divided by 255."""
-    return image.float() / 255 if image.dtype == torch.uint8 else image
+    return image / 255 if image.dtype == torch.uint8 else image
 
 
 def _defaults(cls: type) -> dict[str, Any]:
