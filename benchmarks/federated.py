@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from benchmarks.measure import timed
 from zoo.core import ZooError
@@ -272,31 +272,87 @@ def medians(times: list[tuple[float, float]]) -> dict[str, float]:
     return {"wall_ms": 1e3 * wall, "cpu_ms": 1e3 * own, "rounds_per_second": 1 / wall}
 
 
-def simulators(rounds: int = 10, per_round: int = 10) -> dict[str, Any]:
-    """Rounds of 10 of 100 clients, LeNet, one local epoch of 500 pictures: ours, a plain loop, Flower's simulation.
+SIZES = {"100_pictures": (100, 32), "500_pictures": (SAMPLES, BATCH)}
+"""Pictures of a client, and of a local batch: a small round with last batches of 4, and FedAvg's paper's."""
 
-    In one run, a round of each in turn. Flower's clients are processes of ray, as many at once as there are cores, and
-    its CPU time is that of all of them; ours and the plain loop have torch's threads.
+
+def simulators(rounds: int = 10, per_round: int = 10) -> dict[str, Any]:
+    """Rounds of 10 of 100 clients, LeNet, one local epoch: ours, a plain loop, Flower's simulation, ours on all cores.
+
+    Ours, the plain loop and Flower in one run, a round of each in turn. Flower's clients are processes of ray, as many
+    at once as there are cores, and its CPU time is that of all of them; ours and the plain loop have torch's threads.
+    After them ours by as many processes as there are cores, which share a round's clients (`ranks`).
     """
-    every, data = cifar()
-    beside, flower = Rounds(every, per_round), []
-    found: dict[str, Any] = {"clients": CLIENTS, "per_round": per_round, "rounds": rounds, "data": data}
-    found |= {"threads": torch.get_num_threads()}
+    found: dict[str, Any] = {"clients": CLIENTS, "per_round": per_round, "rounds": rounds}
+    found |= {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
     try:
-        versions = {name: importlib.metadata.version(name) for name in ("flwr", "ray")}
+        found |= {name: importlib.metadata.version(name) for name in ("flwr", "ray")}
     except importlib.metadata.PackageNotFoundError as error:
         found["flower"] = f'not measured: {error.name} is not installed (pip install "flwr[simulation]")'
-        for _ in range(rounds + 1):
-            beside()
-    else:
-        flower = flower_rounds(rounds + 1, per_round, beside)
-        found |= {"flower": medians(flower), **versions}
-    found |= {who: medians(times) for who, times in beside.times.items()}
-    for who in ("plain", *(["flower"] if flower else [])):
-        for kind in ("wall", "cpu"):
-            found[f"{who}_over_ours_{kind}"] = found[who][f"{kind}_ms"] / found["ours"][f"{kind}_ms"]
-    print(json.dumps(found), file=sys.stderr, flush=True)
+    for name, (samples, size) in SIZES.items():
+        every, found["data"] = cifar(CLIENTS, samples)
+        beside, row = Rounds(every, per_round, size), {}
+        if "ray" in found:
+            row["flower"] = medians(flower_rounds(rounds + 1, per_round, samples, size, beside))
+        else:
+            for _ in range(rounds + 1):
+                beside()
+        row |= {who: medians(times) for who, times in beside.times.items()}
+        row["ours_on_all_cores"] = {"wall_ms": ranks(samples, size, rounds, per_round)}
+        for who in ("plain", *(["flower"] if "flower" in row else [])):
+            for kind in ("wall", "cpu"):
+                row[f"{who}_over_ours_{kind}"] = row[who][f"{kind}_ms"] / row["ours"][f"{kind}_ms"]
+            row[f"{who}_over_ours_on_all_cores"] = row[who]["wall_ms"] / row["ours_on_all_cores"]["wall_ms"]
+        found[name] = row
+        print(name, json.dumps(row), file=sys.stderr, flush=True)
     return found
+
+
+def ranks(samples: int, size: int, rounds: int, per_round: int) -> float:
+    """Median milliseconds by the clock of such a round, by a Trainer with a process for each core; in a run apart."""
+    call = [sys.executable, "-m", "benchmarks.federated", *map(str, (samples, size, rounds, per_round))]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return float(subprocess.run(call, capture_output=True, text=True, check=True, env=env).stdout.splitlines()[-1])
+
+
+class _Timed(FederatedModule):
+    """Notes the clock's seconds of each of its rounds."""
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        start = time.perf_counter()
+        super().training_step(batch, batch_idx)
+        self.seconds.append(time.perf_counter() - start)  # type: ignore[operator, union-attr]
+
+
+class _Drawn(Dataset[dict[str, Any]]):
+    """Rounds of clients drawn anew."""
+
+    def __init__(self, every: dict[str, Any], per_round: int, rounds: int):
+        self.every, self.per_round, self.rounds = every, per_round, rounds
+
+    def __len__(self) -> int:
+        return self.rounds
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        draws = torch.Generator().manual_seed(number)
+        return some(self.every, torch.randperm(CLIENTS, generator=draws)[: self.per_round].tolist())
+
+
+def one_rank(samples: int, size: int, rounds: int, per_round: int) -> None:
+    """This process's part of `ranks`, which starts the others; the first prints."""
+    from zoo.core import Trainer
+
+    torch.manual_seed(0)
+    hp = {**HP, "local_batch": size}
+    model = _Timed(net=LENET, norm="none", in_channels=3, image_size=32, num_clients=CLIENTS, **hp)  # type: ignore[arg-type]
+    object.__setattr__(model, "seconds", [])
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    where = {"accelerator": "cpu", "devices": os.cpu_count(), "strategy": "ddp", "enable_checkpointing": False}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(default_root_dir=folder, max_epochs=1, **quiet, **where)
+        trainer.fit(model, DataLoader(_Drawn(cifar(CLIENTS, samples)[0], per_round, rounds + 1), batch_size=None))
+    if trainer.global_rank == 0:
+        print(1e3 * statistics.median(model.seconds[1:]))  # type: ignore[index]
 
 
 def uneven(rounds: int = 40, per_round: int = 10) -> dict[str, Any]:
@@ -312,7 +368,7 @@ def uneven(rounds: int = 40, per_round: int = 10) -> dict[str, Any]:
     return found
 
 
-def flower_rounds(rounds: int, per_round: int, beside: Rounds) -> list[tuple[float, float]]:
+def flower_rounds(rounds: int, per_round: int, samples: int, size: int, beside: Rounds) -> list[tuple[float, float]]:
     """The clock's and all processes' seconds of each of Flower's rounds; after each comes one of ``beside``."""
     import logging
 
@@ -329,17 +385,17 @@ def flower_rounds(rounds: int, per_round: int, beside: Rounds) -> list[tuple[flo
     @client.train()
     def train(message: Message, context: Context) -> Message:
         torch.set_num_threads(1)
-        own = _client_data()
+        own = _client_data(samples)
         net = lenet().model
         net.load_state_dict(message.content["arrays"].to_torch_state_dict())
-        first = int(context.node_config["partition-id"]) * SAMPLES
-        image, label = (own[key][first : first + SAMPLES] for key in ("image", "label"))
+        first = int(context.node_config["partition-id"]) * samples
+        image, label = (own[key][first : first + samples] for key in ("image", "label"))
         optimizer = torch.optim.SGD(net.parameters(), HP["lr"], HP["momentum"], weight_decay=HP["weight_decay"])
-        for rows in torch.randperm(SAMPLES).split(BATCH):
+        for rows in torch.randperm(samples).split(size):
             optimizer.zero_grad()
             F.cross_entropy(net(image[rows].float() / 255), label[rows]).backward()
             optimizer.step()
-        content = {"arrays": ArrayRecord(net.state_dict()), "metrics": MetricRecord({"num-examples": SAMPLES})}
+        content = {"arrays": ArrayRecord(net.state_dict()), "metrics": MetricRecord({"num-examples": samples})}
         return Message(content=RecordDict(content), reply_to=message)
 
     class Timed(FedAvg):
@@ -366,9 +422,9 @@ def flower_rounds(rounds: int, per_round: int, beside: Rounds) -> list[tuple[flo
 
 
 @functools.cache
-def _client_data() -> dict[str, Any]:
+def _client_data(samples: int) -> dict[str, Any]:
     """All clients' pictures, read once by each process of Flower's."""
-    return cifar()[0]
+    return cifar(CLIENTS, samples)[0]
 
 
 def family_seconds() -> float:
@@ -450,3 +506,7 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    one_rank(*map(int, sys.argv[1:]))

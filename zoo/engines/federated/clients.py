@@ -53,6 +53,8 @@ class Clients:
         self._make = optimizer
         self._begin()
         self._places = [] if stacked else self._slots({**parameters, **dict(model.named_buffers())})
+        pools = any(isinstance(module, nn.MaxPool2d) for module in model.modules())
+        self._channels_last = pools and next(iter(state.values())).device.type == "cpu"
 
     @property
     def now(self) -> dict[str, Tensor]:
@@ -89,7 +91,7 @@ class Clients:
     def call(self, function: Function, batch: Mapping[str, Tensor]) -> Any:
         """What each client's ``function`` gives on its own batch, (s, ...); with gradients to the clients' weights."""
         if not self.stacked:
-            found = self._alone(function, {key: value[0] for key, value in batch.items()})
+            found = self._alone(function, {key: self._laid(value[0]) for key, value in batch.items()})
             return {key: value[None] for key, value in found.items()} if isinstance(found, dict) else found[None]
         network = Bound(self.model, function)
         fixed = {name: self._row(value) for name, value in self.state.items() if name not in self._leaves}
@@ -99,6 +101,12 @@ class Clients:
             return functional_call(network, weights, (rows,), tie_weights=self._tied)  # looking for ties takes a while
 
         return vmap(one, randomness="different")(self._leaves, fixed, dict(batch))
+
+    def _laid(self, value: Tensor) -> Tensor:
+        """Pictures with their channels side by side where that pays: a CPU finds maxima twice as fast that way."""
+        if not self._channels_last or value.ndim != 4 or not value.is_floating_point():
+            return value
+        return value.contiguous(memory_format=torch.channels_last)
 
     def _alone(self, function: Function, rows: dict[str, Tensor]) -> Any:
         """What ``function`` gives while the network has the only client's tensors."""

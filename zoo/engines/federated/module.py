@@ -33,7 +33,7 @@ from zoo.nn.classifiers import classifier, has_batch_norm
 Shapes = Mapping[str, tuple[int, ...]]
 """Of the tensors of a message, by name."""
 
-STACK_BELOW = 7.5e7
+STACK_BELOW = 2e7
 """Forward operations of a local batch up to which clients train together on a CPU, see `FederatedModule.together`."""
 
 
