@@ -27,6 +27,7 @@ from torch import Tensor
 from benchmarks.authors import camera_sr_tensorflow as recorded
 from benchmarks.measure import error
 from zoo.core import ZooError
+from zoo.core.memory import hold_memory
 from zoo.core.tensor_bundle import read_bundle, read_index
 from zoo.nn.vgg import VGG, VGG19
 from zoo.vision.restoration.camera_sr import (
@@ -304,7 +305,13 @@ def alone(what: str, device: str, rounds: int = 3) -> dict[str, float]:
         model.optimizers = lambda *a, **k: (first, second)  # type: ignore[method-assign]
         model.lr_schedulers = lambda: None  # type: ignore[method-assign]
         model.manual_backward = lambda loss, *a, **k: loss.backward()  # type: ignore[method-assign]
-        model.toggle_optimizer = model.untoggle_optimizer = lambda o: None  # type: ignore[method-assign]
+
+        def toggle(optimizer: Any) -> None:
+            for net, owner in ((model.net, first), (model.discriminator, second)):
+                net.requires_grad_(optimizer in (owner, None))
+
+        model.toggle_optimizer = toggle  # type: ignore[method-assign]
+        model.untoggle_optimizer = lambda optimizer: toggle(None)  # type: ignore[method-assign]
         low = F.interpolate(torch.rand(4, 3, 24, 24), scale_factor=3.0, mode="bicubic").clamp(0, 1).to(device)
         batch = {"low": low, "high": torch.rand(4, 3, 72, 72, device=device)}
 
@@ -327,4 +334,5 @@ def alone(what: str, device: str, rounds: int = 3) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    hold_memory()
     print(json.dumps(alone(sys.argv[1], sys.argv[2])))
