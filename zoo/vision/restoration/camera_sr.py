@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.core import ZooError, check_channels, check_finite
+from zoo.nn.layout import channels_last
 from zoo.nn.vgg import VGG, VGG19, load_vgg
 from zoo.vision.restoration.degradations import resize_bicubic
 from zoo.vision.restoration.restorer import Restorer
@@ -48,12 +49,6 @@ def luma(rgb: Tensor) -> Tensor:
 
 
 # ---- VDSR ---------------------------------------------------------------------------------------------------------
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """The same values with a pixel's channels side by side: a CPU's convolutions of many channels take half the time,
-    and what follows keeps the order."""
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 class VDSR(nn.Module):

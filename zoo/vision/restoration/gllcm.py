@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zoo.core import ZooError, ZooModule, check_channels, check_finite, seed_from, unwrap
+from zoo.nn.layout import channels_last
 from zoo.nn.vgg import VGG, VGG16, load_vgg
 from zoo.vision.restoration.fusion import drop_small, paste, poisson_blend, seam
 
@@ -156,8 +157,16 @@ class Autoencoder(nn.Module):
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures made again, and the quantiser's loss."""
-        codes, loss = self.quantiser(self.encoder(pictures))
-        return self.decoder(codes), loss
+        codes, loss = self.quantiser(self.encode(pictures))
+        return self.decode(codes), loss
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Latents before they are quantised."""
+        return self.encoder[1:](channels_last(self.encoder[0](pictures)))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Pictures of latents."""
+        return self.decoder(channels_last(codes))
 
 
 class Critic(nn.Module):
@@ -758,13 +767,13 @@ class GLLCM(ZooModule):
 
     def encode(self, picture: Tensor) -> Tensor:
         """A picture's latent, quantised: (b, 1, h, w) in [0, 1] -> (b, latent, h / factor, w / factor)."""
-        return self.autoencoder.quantiser(self.autoencoder.encoder(2 * picture - 1))[0]
+        return self.autoencoder.quantiser(self.autoencoder.encode(2 * picture - 1))[0]
 
     def decode(self, latent: Tensor) -> Tensor:
         """The picture of a latent, not clamped to [0, 1]."""
         if self.hparams.requantise:
             latent = self.autoencoder.quantiser(latent)[0]
-        return self.autoencoder.decoder(latent) / 2 + 0.5
+        return self.autoencoder.decode(latent) / 2 + 0.5
 
     # ---- training -----------------------------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from zoo.core import ZooError, ZooModule, check_channels, check_finite, unwrap
 from zoo.nn.intrinsic_metrics import LMSE, WHDR, ScaleInvariantRMSE, ScaleInvariantSSIM
+from zoo.nn.layout import channels_last
 from zoo.vision.restoration.working_size import check_working_size, optimal_size, resize, rounded_size
 
 FLOOR = 1e-3
@@ -242,7 +243,7 @@ class ShadingNet(nn.Module):
                 self.head.conv3.weight.mul_(10)
 
     def forward(self, x: Tensor) -> Tensor:
-        features = list(self.encoder(x))
+        features = list(self.encoder(x if isinstance(self.encoder, Plain) else channels_last(x)))
         path = None
         for level in (3, 2, 1, 0):
             path = self.fusion[level](self.project[level](features.pop()), path)

@@ -34,6 +34,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from zoo.core import ZooModule, check_channels, check_finite, unwrap
 from zoo.nn.checkpoint_names import Renamed
+from zoo.nn.layout import channels_last
 from zoo.nn.padding import pad_reflect
 from zoo.nn.vgg import VGG, load_vgg
 
@@ -285,7 +286,7 @@ class FD4MMNet(nn.Module):
 
     def features(self, picture: Tensor) -> Tensor:
         """(b, 3, h, w) -> (b, h/2, w/2, c0)."""
-        return self.embed(picture.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+        return self.embed(channels_last(picture)).permute(0, 2, 3, 1)
 
     def coarser(self, level: int, low: Tensor) -> Tensor:
         return self.widen[level](spatial(F.avg_pool2d, low, 2))
@@ -603,7 +604,7 @@ class FD4MM(ZooModule):
         """The contrastive term's features of pictures in [-1, 1]; loads the VGG where it is not there yet."""
         if self.backbone is None:
             self.backbone = self.load_backbone().to(picture.device)
-        return self.backbone(picture.contiguous(memory_format=torch.channels_last))
+        return self.backbone(channels_last(picture))
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """`magnification_loss` of a batch, with this model's weights."""
