@@ -258,6 +258,66 @@ def test_narrowing_keeps_optimiser_state(make: Any) -> None:
         assert far({n: v[client] for n, v in clients.state.items()}, alone.state_dict()) < 1e-5
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_clients_leave_the_network_as_it_was(stacked: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    net[2].bias.requires_grad_(False)
+    own, before = {id(v) for v in (*net.parameters(), *net.buffers())}, copy.deepcopy(net.state_dict())
+    state = {n: (v + 0.1 if v.is_floating_point() else v)[None].clone() for n, v in before.items()}
+    local = copy.deepcopy(net)
+    local.load_state_dict({name: value[0] for name, value in state.items()})
+    batch, optimizers = {"x": torch.rand(1, 5, 3)}, []
+
+    def make(leaves: list[Tensor]) -> torch.optim.Optimizer:
+        optimizers.append(torch.optim.SGD(leaves, lr=0.1))
+        return optimizers[-1]
+
+    def failing(network: nn.Module, rows: dict[str, Tensor]) -> Tensor:
+        raise RuntimeError("in the middle")
+
+    clients = Clients(net, state, make, stacked)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        clients.call(failing, batch)
+    clients.step(lambda network, rows: network(rows["x"]).square().mean(), batch)
+    local(batch["x"][0]).square().mean().backward()
+    torch.optim.SGD([p for p in local.parameters() if p.requires_grad], lr=0.1).step()
+
+    assert {id(v) for v in (*net.parameters(), *net.buffers())} == own
+    assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items())
+    assert far({name: value[0] for name, value in state.items()}, local.state_dict()) < 1e-6
+    assert int(state["1.num_batches_tracked"]) == 1
+    assert all(p.grad is None for o in optimizers for g in o.param_groups for p in g["params"])
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_tied_weights_are_refused(stacked: bool) -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight = net[0].weight
+    state = {name: value[None].clone() for name, value in net.state_dict().items()}
+    with pytest.raises(ValueError, match=r"1\.weight of the network is another"):
+        Clients(net, state, lambda leaves: torch.optim.SGD(leaves, lr=0.1), stacked)
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_a_lone_clients_pictures_lie_channels_last_where_the_network_pools(pool: bool) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2) if pool else nn.Identity(), nn.Flatten(), nn.LazyLinear(2))
+    net(torch.rand(1, 3, 8, 8))
+    seen = {}
+
+    def look(network: nn.Module, rows: dict[str, Tensor]) -> Tensor:
+        seen.update({name: value.stride() for name, value in rows.items()})
+        return network(rows["image"]).sum()
+
+    state = {name: value[None].clone() for name, value in net.state_dict().items()}
+    batch = {"image": torch.rand(1, 5, 3, 8, 8), "feature": torch.rand(1, 5, 7), "label": torch.ones(1, 5).long()}
+    clients = Clients(net, state, lambda leaves: torch.optim.SGD(leaves, lr=0.1), stacked=False)
+    found = clients.call(look, batch)
+    assert seen["image"] == ((192, 1, 24, 3) if pool else (192, 64, 8, 1))
+    assert seen["feature"] == (7, 1) and seen["label"] == (1,)
+    assert float(found[0].detach()) == pytest.approx(float(net(batch["image"][0]).sum().detach()), rel=1e-5)
+
+
 def test_only_some_parameters_learn() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     state = {n: p.detach()[None].repeat(2, *[1] * p.ndim) for n, p in net.named_parameters()}

@@ -29,6 +29,8 @@ class Clients:
             clients are rows of the same tensors.
         stacked: whether the clients train together; False needs s = 1.
         start: what ``state`` is now, where the caller has it anyway; else a copy is made.
+    Raises:
+        ValueError: if a parameter of the network has two names, or several clients are to train unstacked.
     """
 
     def __init__(
@@ -45,7 +47,11 @@ class Clients:
             raise ValueError(f"{self.count} clients cannot train unstacked at once; give one.")
         parameters = dict(model.named_parameters())
         trained = {name for name, p in parameters.items() if p.requires_grad}
-        self._tied = stacked and len(parameters) < sum(1 for _ in model.named_parameters(remove_duplicate=False))
+        again = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in parameters]
+        if again:
+            raise ValueError(
+                f"{again[0]} of the network is another of its parameters, too: clients cannot share weights."
+            )
         self.start = {name: value for name, value in (start or state).items() if name in trained}
         if start is None:
             self.start = {name: value.clone() for name, value in self.start.items()}
@@ -98,7 +104,7 @@ class Clients:
 
         def one(leaves: dict[str, Tensor], rest: dict[str, Tensor], rows: dict[str, Tensor]) -> Any:
             weights = {f"network.{name}": value for name, value in (*leaves.items(), *rest.items())}
-            return functional_call(network, weights, (rows,), tie_weights=self._tied)  # looking for ties takes a while
+            return functional_call(network, weights, (rows,), tie_weights=False)  # looking for ties takes a while
 
         return vmap(one, randomness="different")(self._leaves, fixed, dict(batch))
 
