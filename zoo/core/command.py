@@ -33,6 +33,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*isinstance.treespec.*")
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*GPU available but not used.*")
+    warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # for a method's author
     warnings.filterwarnings("ignore", ".*`LightningModule.configure_optimizers` returned `None`.*")
 
 
@@ -112,7 +113,7 @@ def train(verb: str, name: str, argv: list[str]) -> int:
     if verb == "fit":
         trainer.fit(model, datamodule=data, ckpt_path=command.config["ckpt_path"])
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        if best:
+        if best and trainer.is_global_zero:
             print(f"best checkpoint: {best}")
         return 0
     getattr(trainer, verb)(model, datamodule=data)
