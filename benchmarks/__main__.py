@@ -10,6 +10,7 @@
     python -m benchmarks parity NAME --authors DIR     equality with the authors' code -> results/NAME.json
     python -m benchmarks checkpoint NAME PATH          the catalogue's checkpoint PATH, by its recipe -> hub/PATH
 
+Freed memory stays with the process, for both sides of a comparison, as under the command ``zoo``.
 ``--json FILE`` writes the figures with versions and hardware; ``--device cuda`` measures there.
 """
 

@@ -11,9 +11,9 @@ def hold_memory(mib: int = 1024) -> bool:
     """Let the process keep up to so much freed memory, instead of asking the system for it anew at every step.
 
     On a CPU the pages of a large network's gradients and temporaries are otherwise faulted in again and again: a round
-    of two clients with a ResNet-18 takes a third longer (``python -m benchmarks speed TwinSight``). The command calls
-    this; a program of your own may. Linux with glibc: nothing happens elsewhere, nor where the environment has
-    settings of its own (``MALLOC_...``, ``GLIBC_TUNABLES``).
+    of two clients of TwinSight with ResNet-18s took 1.4 s, and 1.0 s since. The command calls this; a program of your
+    own may. Linux with glibc: nothing happens elsewhere, nor where the environment has settings of its own
+    (``MALLOC_...``, ``GLIBC_TUNABLES``).
 
     Returns:
         whether it is so now.
