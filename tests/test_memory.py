@@ -14,7 +14,7 @@ from zoo.core.memory import hold_memory
 if len(sys.argv) > 1:
     assert hold_memory()
 def step():
-    blocks = [bytearray(20 << 20) for _ in range(8)]
+    blocks = [bytearray(40 << 20) for _ in range(4)]
 step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
@@ -31,7 +31,7 @@ def faults(*given: str, **env: str) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux") or not hold_memory(), reason="needs Linux with glibc")
 def test_freed_memory_is_not_faulted_in_again() -> None:
-    pages = 5 * 8 * (20 << 20) // os.sysconf("SC_PAGESIZE")
+    pages = 5 * 4 * (40 << 20) // os.sysconf("SC_PAGESIZE")
     assert faults("hold") < pages / 20 < pages / 2 < faults()
 
 
