@@ -243,19 +243,24 @@ def some(every: dict[str, Any], chosen: list[int]) -> dict[str, Any]:
     return {"image": every["image"][rows], "label": every["label"][rows], **sizes}
 
 
+def drawn(every: dict[str, Any], per_round: int, number: int) -> dict[str, Any]:
+    """A round of so many clients, drawn by its number."""
+    draws = torch.Generator().manual_seed(number)
+    return some(every, torch.randperm(len(every["size"]), generator=draws)[:per_round].tolist())
+
+
 class Rounds:
     """Rounds of ours and of the plain loop on the same clients, with the clock's and the process's seconds of each."""
 
     def __init__(self, every: dict[str, Any], per_round: int, size: int = BATCH):
         self.every, self.per_round, self.number = every, per_round, 0
-        self.clients, self.hp = len(every["size"]), {**HP, "local_batch": size}
-        self.model = lenet(self.clients, size)
+        self.hp = {**HP, "local_batch": size}
+        self.model = lenet(len(every["size"]), size)
         self.net = copy.deepcopy(self.model.model)
         self.times: dict[str, list[tuple[float, float]]] = {"ours": [], "plain": []}
 
     def __call__(self) -> None:
-        draws = torch.Generator().manual_seed(self.number)
-        batch = some(self.every, torch.randperm(self.clients, generator=draws)[: self.per_round].tolist())
+        batch = drawn(self.every, self.per_round, self.number)
         for who, run in (
             ("ours", lambda: self.model.training_step(copy.copy(batch), self.number)),
             ("plain", lambda: plain_round(self.net, batch, self.hp)),
@@ -315,15 +320,6 @@ def ranks(samples: int, size: int, rounds: int, per_round: int) -> float:
     return float(subprocess.run(call, capture_output=True, text=True, check=True, env=env).stdout.splitlines()[-1])
 
 
-class _Timed(FederatedModule):
-    """Notes the clock's seconds of each of its rounds."""
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        start = time.perf_counter()
-        super().training_step(batch, batch_idx)
-        self.seconds.append(time.perf_counter() - start)  # type: ignore[operator, union-attr]
-
-
 class _Drawn(Dataset[dict[str, Any]]):
     """Rounds of clients drawn anew."""
 
@@ -334,25 +330,29 @@ class _Drawn(Dataset[dict[str, Any]]):
         return self.rounds
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        draws = torch.Generator().manual_seed(number)
-        return some(self.every, torch.randperm(CLIENTS, generator=draws)[: self.per_round].tolist())
+        return drawn(self.every, self.per_round, number)
 
 
 def one_rank(samples: int, size: int, rounds: int, per_round: int) -> None:
     """This process's part of `ranks`, which starts the others; the first prints."""
     from zoo.core import Trainer
 
-    torch.manual_seed(0)
-    hp = {**HP, "local_batch": size}
-    model = _Timed(net=LENET, norm="none", in_channels=3, image_size=32, num_clients=CLIENTS, **hp)  # type: ignore[arg-type]
-    object.__setattr__(model, "seconds", [])
+    model, seconds = lenet(CLIENTS, size), []
+    step = model.training_step
+
+    def timed_step(*given: Any) -> None:
+        start = time.perf_counter()
+        step(*given)
+        seconds.append(time.perf_counter() - start)
+
+    object.__setattr__(model, "training_step", timed_step)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     where = {"accelerator": "cpu", "devices": os.cpu_count(), "strategy": "ddp", "enable_checkpointing": False}
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(default_root_dir=folder, max_epochs=1, **quiet, **where)
         trainer.fit(model, DataLoader(_Drawn(cifar(CLIENTS, samples)[0], per_round, rounds + 1), batch_size=None))
     if trainer.global_rank == 0:
-        print(1e3 * statistics.median(model.seconds[1:]))  # type: ignore[index]
+        print(1e3 * statistics.median(seconds[1:]))
 
 
 def uneven(rounds: int = 40, per_round: int = 10) -> dict[str, Any]:

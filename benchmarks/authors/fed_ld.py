@@ -202,14 +202,11 @@ def compare(checkout: Path) -> dict[str, float]:
         ours = nn.functional.cross_entropy(logits, target) + 0.1 * margin_penalty(logits, mask)
         found |= {"loss": error(ours, theirs), "loss_gradient": error(torch.autograd.grad(ours, logits)[0], grad)}
 
-        # The paper's network: forward, loss, gradients, weights after a local step.
+        # The paper's network: forward, loss, gradients, weights after a local step. One aggregation. Whole rounds of
+        # five clients: a CNN, and one with batch norm, whose statistics go along.
         for label, context in (("", contextlib.nullcontext), ("float64_", float64)):
             with context():
                 found |= {f"network_{label}{key}": value for key, value in _network(package).items()}
-
-        # One aggregation; whole rounds of five clients: a CNN, and one with batch norm, whose statistics go along.
-        for label, context in (("", contextlib.nullcontext), ("float64_", float64)):
-            with context():
                 for clients, keep in ((2, 0.5), (5, 0.8), (12, 0.8), (5, 1.0)):
                     found[f"aggregate_{label}{clients}_{keep:g}"] = _aggregation(package, clients, keep)
                 for name, changes in (("cnn", {}), ("batch_norm", {"norm": "batch"}), ("eval", EVAL)):
